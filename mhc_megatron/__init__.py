@@ -1,0 +1,1 @@
+"""Manifold-Constrained Hyper-Connections for released megatron-core."""

@@ -1,0 +1,81 @@
+"""Configuration of the hyper-connections: a frozen dataclass and its checks, without torch."""
+
+from dataclasses import dataclass
+from math import factorial
+from typing import Literal, get_args
+
+from mhc_megatron.errors import UserError
+
+Projection = Literal["sinkhorn", "sinkhorn_v4", "permutation", "identity", "unconstrained"]
+Contraction = Literal["mean", "sum", "learned"]
+
+# mHC-lite mixes all n! permutation matrices, so its projection grows with n!.
+MAX_PERMUTATION_STREAMS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHCConfig:
+    """Hyper-connections around every residual branch of a transformer.
+
+    Attributes:
+        num_streams: n, the number of parallel residual streams.
+        projection: how the residual mapping H_res is kept on its manifold:
+            ``sinkhorn`` (mHC paper, Eq. 9), ``sinkhorn_v4`` (DeepSeek-V4's eps floor),
+            ``permutation`` (mHC-lite, a convex mix of all n! permutations), ``identity``
+            (H_res = I), ``unconstrained`` (plain hyper-connections, the paper's control).
+        sinkhorn_iterations: t_max, row/column normalisations per token (paper: 20).
+        init_gate: initial value of the three gating factors alpha (paper: 0.01).
+        rms_eps: added inside the square root of the RMS of the n*C vector. The paper trains
+            with 1e-20; the default keeps the gradient of an all-zero (padding) token finite.
+        sinkhorn_eps: the floor of ``sinkhorn_v4`` (DeepSeek-V4's ``hc_eps``); no other
+            projection has one.
+        contraction: how the streams become one before the final norm: ``mean``, ``sum``, or
+            ``learned`` (DeepSeek-V4's sigmoid head).
+
+    Raises:
+        UserError: a value is out of range; the message names it.
+    """
+
+    num_streams: int = 4
+    projection: Projection = "sinkhorn"
+    sinkhorn_iterations: int = 20
+    init_gate: float = 0.01
+    rms_eps: float = 1e-6
+    sinkhorn_eps: float = 1e-6
+    contraction: Contraction = "mean"
+
+    def __post_init__(self) -> None:
+        if self.num_streams < 1:
+            raise UserError(f"num_streams={self.num_streams} must be at least 1 (the paper uses 4)")
+        if self.projection not in get_args(Projection):
+            raise UserError(
+                f"projection={self.projection!r} is not one of {', '.join(get_args(Projection))}"
+            )
+        if self.contraction not in get_args(Contraction):
+            raise UserError(
+                f"contraction={self.contraction!r} is not one of {', '.join(get_args(Contraction))}"
+            )
+        if self.sinkhorn_iterations < 1:
+            raise UserError(
+                f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1 (the paper uses 20)"
+            )
+        if self.projection == "permutation" and self.num_streams > MAX_PERMUTATION_STREAMS:
+            raise UserError(
+                f"projection='permutation' with num_streams={self.num_streams} would mix "
+                f"{factorial(self.num_streams)} permutations; use at most "
+                f"{MAX_PERMUTATION_STREAMS} streams, or projection='sinkhorn'"
+            )
+        for name in ("rms_eps", "sinkhorn_eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def num_res_logits(self) -> int:
+        """Projected numbers per token that make H_res: n^2, n! or none."""
+        n = self.num_streams
+        return {"permutation": factorial(n), "identity": 0}.get(self.projection, n * n)
+
+    @property
+    def num_logits(self) -> int:
+        """Projected numbers per token: pre (n), post (n), res, packed in that order."""
+        return 2 * self.num_streams + self.num_res_logits
