@@ -57,7 +57,8 @@ class MHCConfig:
             )
         if self.sinkhorn_iterations < 1:
             raise UserError(
-                f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1 (the paper uses 20)"
+                f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1 "
+                "(the paper uses 20)"
             )
         if self.projection == "permutation" and self.num_streams > MAX_PERMUTATION_STREAMS:
             raise UserError(

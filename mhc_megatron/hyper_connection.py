@@ -1,0 +1,125 @@
+"""One hyper-connection around one residual branch, whoever the branch is."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mhc_megatron import kernels
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.precision import KeepFP32, float32_parameter
+
+# Logits far enough apart that the mapping starts near its target, near enough to be learnt.
+_BIAS = 3.0
+_PERMUTATION_BIAS = -8.0
+
+
+class HyperConnection(KeepFP32):
+    """``x' = H_res x + H_post^T F(H_pre x)`` (mHC paper, Eq. 3) for a caller-supplied branch F.
+
+    The three mappings depend on the token: they are projected from the RMS-normalised n*C vector
+    (Eq. 7) and brought onto their manifolds (Eq. 8, 9). All parameters are float32 and named as in
+    Megatron's own implementation: ``mapping_proj.weight`` [M, n*C], ``alpha_pre``,
+    ``alpha_post``, ``alpha_res`` [1], ``bias`` [M], packed pre | post | res.
+
+    Args:
+        mhc: number of streams, projection, iterations, eps.
+        hidden_size: C.
+        sublayer: zero-based depth of the branch in the model (attention 2l, MLP 2l + 1); the
+            initialisation reads most from stream ``sublayer mod n``, its home stream.
+    """
+
+    def __init__(self, mhc: MHCConfig, *, hidden_size: int, sublayer: int) -> None:
+        super().__init__()
+        self.mhc = mhc
+        self.num_streams = mhc.num_streams
+        self.sublayer = sublayer
+        self.mapping_proj = nn.Linear(
+            mhc.num_streams * hidden_size, mhc.num_logits, bias=False, dtype=torch.float32
+        )
+        self.alpha_pre = float32_parameter(1)
+        self.alpha_post = float32_parameter(1)
+        self.alpha_res = float32_parameter(1) if mhc.num_res_logits else None
+        self.bias = float32_parameter(mhc.num_logits)
+        self.observer: Callable[[Tensor], None] | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The mHC paper's initialisation (ICML version, appendix A.6; docs/math.md)."""
+        nn.init.zeros_(self.mapping_proj.weight)
+        for alpha in (self.alpha_pre, self.alpha_post, self.alpha_res):
+            if alpha is not None:
+                alpha.fill_(self.mhc.init_gate)
+        self.bias.copy_(initial_bias(self.mhc, home_stream=self.sublayer % self.num_streams))
+
+    def pre(self, streams: Tensor) -> tuple[Tensor, kernels.Mappings]:
+        """The branch's input and the coefficients that ``post`` needs.
+
+        Args:
+            streams: [s, b, n*C], any floating dtype.
+
+        Returns:
+            ([s, b, C] in the streams' dtype, the float32 mappings per token).
+        """
+        x = streams.unflatten(-1, (self.num_streams, -1))
+        raw = kernels.project(x, self.mapping_proj.weight, eps=self.mhc.rms_eps)
+        mix = kernels.mappings(
+            raw,
+            self.alpha_pre,
+            self.alpha_post,
+            self.alpha_res,
+            self.bias,
+            num_streams=self.num_streams,
+            projection=self.mhc.projection,
+            iterations=self.mhc.sinkhorn_iterations,
+            eps=self.mhc.sinkhorn_eps,
+        )
+        if self.observer is not None:
+            self.observer(mix.res.detach())
+        return kernels.pre_mix(x, mix.pre), mix
+
+    def post(self, streams: Tensor, branch: Tensor, mix: kernels.Mappings) -> Tensor:
+        """The next streams from the branch's output.
+
+        Args:
+            streams: [s, b, n*C], what ``pre`` read.
+            branch: [s, b, C], the branch's output with its bias added.
+            mix: what ``pre`` returned.
+
+        Returns:
+            [s, b, n*C] in the streams' dtype.
+        """
+        x = streams.unflatten(-1, (self.num_streams, -1))
+        return kernels.post_mix(x, branch, mix.post, mix.res).flatten(-2)
+
+
+def initial_bias(mhc: MHCConfig, *, home_stream: int) -> Tensor:
+    """The bias [M] whose mappings make the streams start as plain residual copies.
+
+    ``H_post`` starts at 1 and every row of ``H_res`` sums to 1, so equal streams stay equal and
+    the model computes the plain residual network's function; only which stream ``H_pre`` reads
+    most differs from sublayer to sublayer.
+
+    Args:
+        mhc: the projection and the number of streams.
+        home_stream: the stream that ``H_pre`` reads most.
+
+    Returns:
+        [M] float32, packed pre | post | res.
+    """
+    n = mhc.num_streams
+    identity = torch.eye(n)
+    home = identity[home_stream]
+    if mhc.projection == "unconstrained":  # hyper-connections: B = 1, A_m = e_home, A_r = I
+        return torch.cat([home, torch.ones(n), identity.flatten()])
+    pre, post = 2 * _BIAS * home - _BIAS, torch.zeros(n)
+    if mhc.projection == "identity":
+        return torch.cat([pre, post])
+    if mhc.projection == "permutation":
+        straight = [order == tuple(range(n)) for order in itertools.permutations(range(n))]
+        res = torch.where(torch.tensor(straight), 0.0, _PERMUTATION_BIAS)
+    else:
+        res = (2 * _BIAS * identity - _BIAS).flatten()
+    return torch.cat([pre, post, res])

@@ -1,0 +1,146 @@
+"""Real megatron-core on a machine without a GPU, over gloo.
+
+megatron-core names CUDA in many places: ``torch.cuda.current_device()``, ``device="cuda"``,
+``Tensor.cuda()``, the CUDA generator, dtype strings such as ``torch.cuda.FloatTensor``.
+``cpu_runtime()`` is a context in which those calls mean the CPU. It changes attributes of
+``torch`` while it is open and puts every one back when it closes; it changes nothing in Megatron,
+and nothing at all where CUDA is available.
+
+    with cpu_runtime():
+        torch.distributed.init_process_group("gloo")
+        parallel_state.initialize_model_parallel(...)
+        ...
+
+What it is for: developing and debugging layouts (TP, SP, PP, EP, CP, DP) without a GPU. What it
+cannot do: Transformer Engine modules, FP8, CUDA graphs, fused kernels; asking for them fails as it
+does anywhere without them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _CudaMeansCPU(TorchFunctionMode):
+    """Sends ``device="cuda"`` to the CPU and answers dtype strings as a CUDA tensor would."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if any(map(_is_cuda, args)):
+            args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """Stands for any CUDA stream: work on the CPU is already ordered."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.device = _CPU
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return event or _Event()
+
+
+class _Event:
+    """Stands for any CUDA event: complete as soon as it is recorded."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _nothing(*args: object, **kwargs: object) -> None: ...
+
+
+def _same(tensor: Any, *args: object, **kwargs: object) -> Any:
+    return tensor
+
+
+def _substitutes() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, what stands there while the context is open)."""
+    cuda = torch.cuda
+    one_stream = _Stream()
+
+    def get_rng_state(device: object = "cuda") -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: Tensor, device: object = "cuda") -> None:
+        torch.set_rng_state(state)
+
+    return [
+        (cuda, "current_device", lambda: _CPU),
+        (cuda, "is_initialized", lambda: True),
+        (cuda, "_lazy_init", _nothing),
+        (cuda, "set_device", _nothing),
+        (cuda, "synchronize", _nothing),
+        (cuda, "empty_cache", _nothing),
+        (cuda, "device_count", lambda: 1),
+        (cuda, "manual_seed", torch.manual_seed),
+        (cuda, "get_rng_state", get_rng_state),
+        (cuda, "set_rng_state", set_rng_state),
+        (cuda.random, "get_rng_state", get_rng_state),
+        (cuda.random, "set_rng_state", set_rng_state),
+        (cuda, "default_generators", _Generators()),
+        (cuda, "Stream", _Stream),
+        (cuda, "Event", _Event),
+        (cuda, "current_stream", lambda device=None: one_stream),
+        (cuda, "default_stream", lambda device=None: one_stream),
+        (cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (cuda.nvtx, "range_push", _nothing),
+        (cuda.nvtx, "range_pop", _nothing),
+        (Tensor, "cuda", _same),
+        (Tensor, "record_stream", _nothing),
+        (torch.nn.Module, "cuda", _same),
+    ]
+
+
+class _Generators:
+    """The list of per-device generators: every index is the CPU's."""
+
+    def __getitem__(self, index: object) -> torch.Generator:
+        return torch.default_generator
+
+
+@contextlib.contextmanager
+def cpu_runtime() -> Iterator[None]:
+    """Let megatron-core run on the CPU inside this context (no effect where CUDA is available)."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with contextlib.ExitStack() as undo:
+        for owner, name, substitute in _substitutes():
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, substitute)
+        undo.enter_context(_CudaMeansCPU())
+        yield

@@ -1,0 +1,165 @@
+"""Stock GPT layer specs with hyper-connections around every branch."""
+
+import dataclasses
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.compat import require_supported_core
+from mhc_megatron.megatron.layer import MHCTransformerLayer
+from mhc_megatron.megatron.norm import TorchNorm, contract_norm
+
+
+def with_hyper_connections(
+    block: TransformerBlockSubmodules, mhc: MHCConfig, *, holds_first_layer: bool
+) -> TransformerBlockSubmodules:
+    """Put one hyper-connection around each branch of every layer of a stock block spec.
+
+    Args:
+        block: the spec of one pipeline stage (or virtual stage), for example from
+            ``get_gpt_decoder_block_spec``; dense, MoE or MLA, local or Transformer Engine.
+        mhc: the hyper-connections' configuration.
+        holds_first_layer: True if the model's first layer is in this block; its layer expands the
+            embedding into the streams.
+
+    Returns:
+        A new spec; the argument is unchanged.
+
+    Raises:
+        UserError: a stage without a decoder layer, or a layer that is not a ``TransformerLayer``.
+    """
+    require_supported_core()
+    if not block.layer_specs:
+        raise UserError(
+            "a pipeline stage without decoder layers would pass [s, b, C] where its neighbours "
+            "pass n streams; give every (virtual) stage at least one layer"
+        )
+    return dataclasses.replace(
+        block,
+        layer_specs=[
+            _with_hyper_connections(spec, mhc, expand_input=holds_first_layer and index == 0)
+            for index, spec in enumerate(block.layer_specs)
+        ],
+        layer_norm=contract_norm(block.layer_norm, mhc),
+    )
+
+
+def _with_hyper_connections(spec: ModuleSpec, mhc: MHCConfig, *, expand_input: bool) -> ModuleSpec:
+    if spec.module is not TransformerLayer:
+        raise UserError(
+            f"layer spec of {getattr(spec.module, '__name__', spec.module)} cannot take "
+            "hyper-connections; start from a spec of megatron-core's TransformerLayer"
+        )
+    params = {**spec.params, "mhc": mhc, "expand_input": expand_input}
+    return dataclasses.replace(spec, module=MHCTransformerLayer, params=params)
+
+
+def gpt_block_spec(
+    config: TransformerConfig,
+    mhc: MHCConfig | None,
+    *,
+    use_transformer_engine: bool,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The decoder block spec of one (virtual) pipeline stage of a GPT model.
+
+    Args:
+        config: the model's configuration.
+        mhc: the hyper-connections; None leaves Megatron's plain residual.
+        use_transformer_engine: Transformer Engine modules instead of megatron-core's local ones.
+        vp_stage, pp_rank: which stage; Megatron's own by default.
+
+    Returns:
+        The spec to hand to ``GPTModel(transformer_layer_spec=...)``.
+    """
+    block = _stock_block_spec(config, use_transformer_engine, vp_stage, pp_rank)
+    if mhc is None:
+        return block
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return with_hyper_connections(block, mhc, holds_first_layer=offset == 0)
+
+
+def gpt_mtp_spec(
+    config: TransformerConfig,
+    *,
+    use_transformer_engine: bool,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> Any:
+    """The multi-token-prediction block spec of this stage, or None.
+
+    Megatron feeds its MTP layers the contracted, normalised state, so they keep the plain
+    residual; their spec comes from the stock block.
+    """
+    if config.mtp_num_layers is None:
+        return None
+    return get_gpt_mtp_block_spec(
+        config,
+        _stock_block_spec(config, use_transformer_engine, vp_stage, pp_rank),
+        use_transformer_engine=use_transformer_engine,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+
+
+def _stock_block_spec(
+    config: TransformerConfig,
+    use_transformer_engine: bool,
+    vp_stage: int | None,
+    pp_rank: int | None,
+) -> TransformerBlockSubmodules:
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_transformer_engine,
+        normalization=config.normalization,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    if use_transformer_engine:
+        return block
+    return dataclasses.replace(
+        block,
+        layer_specs=[_with_torch_norm(spec) for spec in block.layer_specs],
+        layer_norm=_torch_norm(block.layer_norm),
+    )
+
+
+def _torch_norm(module: Any) -> Any:
+    return TorchNorm if module is WrappedTorchNorm else module
+
+
+def _with_torch_norm(spec: ModuleSpec) -> ModuleSpec:
+    """The layer spec with ``WrappedTorchNorm``, which refuses SP, replaced by ``TorchNorm``."""
+    layer = spec.submodules
+    attention = layer.self_attention
+    inner = dataclasses.replace(
+        attention.submodules,
+        **{
+            f.name: TorchNorm
+            for f in dataclasses.fields(attention.submodules)
+            if getattr(attention.submodules, f.name) is WrappedTorchNorm
+        },
+    )
+    return dataclasses.replace(
+        spec,
+        submodules=dataclasses.replace(
+            layer,
+            input_layernorm=_torch_norm(layer.input_layernorm),
+            pre_mlp_layernorm=_torch_norm(layer.pre_mlp_layernorm),
+            self_attention=dataclasses.replace(attention, submodules=inner),
+        ),
+    )

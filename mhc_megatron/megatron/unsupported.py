@@ -1,0 +1,89 @@
+"""Megatron options that a hyper-connected layer would have to ignore: refused, with the remedy."""
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from mhc_megatron.errors import UserError
+
+
+def _is_identity(module: object) -> bool:
+    return module is IdentityOp or getattr(module, "module", None) is IdentityOp
+
+
+def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSubmodules) -> None:
+    """Raise a UserError for the first option that does not combine with hyper-connections.
+
+    Args:
+        config: the model's configuration.
+        submodules: the layer's submodules, from a stock spec.
+    """
+
+    def refuse(condition: object, option: str, reason: str, remedy: str) -> None:
+        if condition:
+            raise UserError(f"{option} does not combine with hyper-connections: {reason}; {remedy}")
+
+    refuse(
+        not _is_identity(submodules.cross_attention),
+        "cross attention",
+        "the layer has two residual branches, attention and MLP",
+        "use a decoder-only spec",
+    )
+    refuse(
+        config.hidden_dropout > 0,
+        f"hidden_dropout={config.hidden_dropout}",
+        "the branch output is mixed into n streams without dropout",
+        "set hidden_dropout=0",
+    )
+    refuse(
+        config.fp32_residual_connection,
+        "fp32_residual_connection=True",
+        "the streams have the layers' dtype and the mixing is summed in float32 already",
+        "set it to False",
+    )
+    if config.recompute_granularity == "selective":
+        lost = {"layernorm", "mlp"} & set(config.recompute_modules or ())
+        refuse(
+            lost,
+            f"recompute_modules={sorted(lost)}",
+            "these are re-run by the stock layer's forward, which hyper-connections replace",
+            "use recompute_modules=['core_attn'] (also moe_act, moe, mla_up_proj, shared_experts) "
+            "or recompute_granularity='full'",
+        )
+    # 0.16 says enable_cuda_graph / external_cuda_graph / cuda_graph_impl, 0.19 the last only.
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    refuse(
+        graphs != "none"
+        or getattr(config, "enable_cuda_graph", False)
+        or getattr(config, "external_cuda_graph", False),
+        f"cuda_graph_impl={graphs!r}",
+        "Megatron captures the stock layer's private steps",
+        "set cuda_graph_impl='none'",
+    )
+    offloaded = {"attn_norm", "mlp_norm"} & set(getattr(config, "offload_modules", None) or ())
+    refuse(
+        getattr(config, "fine_grained_activation_offloading", False) and offloaded,
+        f"offload_modules={sorted(offloaded)}",
+        "the norms are offloaded by the stock layer's forward",
+        "leave the norms out of offload_modules",
+    )
+    refuse(
+        getattr(config, "inference_fuse_tp_communication", False),
+        "inference_fuse_tp_communication=True",
+        "it adds the residual inside the branch",
+        "set it to False",
+    )
+    for option in ("mlp_chunks_for_prefill", "mlp_chunks_for_training"):
+        chunks = getattr(config, option, 1)
+        refuse(
+            chunks > 1,
+            f"{option}={chunks}",
+            "the MLP is chunked by the stock layer's forward",
+            f"set {option}=1",
+        )
+    refuse(
+        getattr(config, "overlap_moe_expert_parallel_comm", False),
+        "overlap_moe_expert_parallel_comm=True",
+        "its schedule drives the stock layer's private steps",
+        "set it to False",
+    )

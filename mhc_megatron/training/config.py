@@ -1,0 +1,288 @@
+"""What a training run is: frozen dataclasses and the checks that need no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+
+Residual = Literal["mhc", "plain"]
+
+
+def _require_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise UserError(f"{section}.{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer, in Megatron's terms.
+
+    Attributes:
+        residual: ``mhc`` wraps every branch in hyper-connections; ``plain`` is Megatron's own
+            residual, the baseline.
+        num_query_groups: key/value heads of grouped-query attention; None means one per head.
+        num_moe_experts: routed experts per MoE layer; None makes every MLP dense.
+        moe_layer_freq: one MoE layer every this many layers, the first included.
+        multi_latent_attention: DeepSeek's MLA instead of multi-head attention.
+        mtp_num_layers: multi-token-prediction depths; None for none.
+    """
+
+    residual: Residual = "mhc"
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    ffn_hidden_size: int = 512
+    seq_length: int = 256
+    init_method_std: float = 0.02
+    norm_eps: float = 1e-5
+    num_moe_experts: int | None = None
+    moe_router_topk: int = 2
+    moe_ffn_hidden_size: int = 256
+    moe_layer_freq: int = 1
+    moe_aux_loss_coeff: float = 0.01
+    multi_latent_attention: bool = False
+    mtp_num_layers: int | None = None
+    mtp_loss_scaling_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model",
+            self,
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "ffn_hidden_size",
+            "seq_length",
+        )
+        if self.residual not in ("mhc", "plain"):
+            raise UserError(f"model.residual={self.residual!r} is not one of mhc, plain")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} is not divisible by "
+                f"model.num_attention_heads={self.num_attention_heads}; change one of them"
+            )
+        groups = self.num_query_groups
+        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
+            raise UserError(
+                f"model.num_query_groups={groups} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_moe_experts is not None and self.moe_router_topk > self.num_moe_experts:
+            raise UserError(
+                f"model.moe_router_topk={self.moe_router_topk} exceeds "
+                f"model.num_moe_experts={self.num_moe_experts}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout: how many ways each axis splits. The world size follows from it.
+
+    Attributes:
+        tensor, pipeline, context, expert, data: TP, PP, CP, EP and DP sizes. EP lies inside
+            DP x CP (Megatron's default order), so it must divide ``data * context``.
+        virtual: virtual stages (model chunks) per pipeline rank; above 1 the schedule is
+            interleaved 1F1B.
+        sequence: sequence parallelism (needs ``tensor`` > 1).
+        distributed_optimizer: shard the optimizer states over data-parallel ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    expert: int = 1
+    data: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "parallel", self, "tensor", "pipeline", "virtual", "context", "expert", "data"
+        )
+        if self.sequence and self.tensor == 1:
+            raise UserError(
+                "parallel.sequence=True needs parallel.tensor > 1; set parallel.sequence=False"
+            )
+        if self.virtual > 1 and self.pipeline < 2:
+            raise UserError(
+                f"parallel.virtual={self.virtual} needs parallel.pipeline > 1; "
+                "set parallel.virtual=1"
+            )
+        if (self.data * self.context) % self.expert:
+            raise UserError(
+                f"parallel.expert={self.expert} does not divide parallel.data * parallel.context "
+                f"= {self.data * self.context}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes: TP x PP x CP x DP."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and a decay.
+
+    Attributes:
+        decay: ``cosine`` from lr to min_lr, or ``step``, the mHC paper's: lr x 0.316 from 80 %
+            and x 0.1 from 90 % of the steps.
+        warmup_steps: linear warm-up from zero.
+        clip_grad: maximum global gradient norm; 0 turns clipping off.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 20
+    decay: Literal["cosine", "step"] = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("cosine", "step"):
+            raise UserError(f"optimizer.decay={self.decay!r} is not one of cosine, step")
+        if not self.lr > 0:
+            raise UserError(f"optimizer.lr={self.lr} must be positive")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(
+                f"optimizer.min_lr={self.min_lr} must lie between 0 and optimizer.lr={self.lr}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token data in Megatron's ``.bin``/``.idx`` format.
+
+    Attributes:
+        train, valid: path prefixes of the two splits (without ``.bin``/``.idx``). Empty means the
+            embedded corpus, the running Python's standard-library sources, prepared on first use.
+        tokenizer: the tokenizer of the embedded corpus; its size is the vocabulary of the model.
+    """
+
+    train: str = ""
+    valid: str = ""
+    tokenizer: str = "byte"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        steps: optimizer steps in all.
+        micro_batch_size: sequences per micro-batch and data-parallel rank.
+        global_batch_size: sequences per step over all data-parallel ranks.
+        dtype: parameter and activation dtype of the layers; bf16 and fp16 keep float32 main
+            weights. The hyper-connections' own parameters are float32 always.
+        recompute: ``full`` re-runs every layer in the backward; ``core_attn`` only the attention
+            core; ``none`` keeps all activations.
+        eval_interval: steps between validations (and gain-magnitude probes); 0 for none.
+        eval_iters: validation steps of ``global_batch_size`` sequences each.
+        save_interval: steps between checkpoints; 0 saves only at the end.
+        keep_checkpoints: how many of the newest complete checkpoints stay on disk.
+        out: run directory: metrics, report, TensorBoard, checkpoints.
+        transformer_impl: ``local`` (megatron-core's own modules) or ``transformer_engine``.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mhc: MHCConfig = field(default_factory=MHCConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 200
+    micro_batch_size: int = 4
+    global_batch_size: int = 8
+    seed: int = 1234
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: Literal["none", "core_attn", "full"] = "none"
+    eval_interval: int = 20
+    eval_iters: int = 2
+    save_interval: int = 0
+    keep_checkpoints: int = 2
+    out: str = "runs/train"
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "global_batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, allowed in (
+            ("dtype", ("fp32", "bf16", "fp16")),
+            ("recompute", ("none", "core_attn", "full")),
+            ("transformer_impl", ("local", "transformer_engine")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
+        per_step = self.micro_batch_size * self.parallel.data
+        if self.global_batch_size % per_step:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} is not divisible by "
+                f"micro_batch_size * parallel.data = {self.micro_batch_size} * "
+                f"{self.parallel.data} = {per_step}; use a multiple of {per_step}"
+            )
+        layout, model = self.parallel, self.model
+        chunks = layout.pipeline * layout.virtual
+        if model.num_layers % chunks:
+            raise UserError(
+                f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline * "
+                f"parallel.virtual = {chunks}"
+            )
+        if layout.virtual > 1 and self.num_micro_batches % layout.pipeline:
+            raise UserError(
+                f"{self.num_micro_batches} micro-batches per step are not divisible by "
+                f"parallel.pipeline={layout.pipeline}, which interleaved 1F1B needs; "
+                "change global_batch_size"
+            )
+        if layout.virtual > 1 and layout.pipeline == 2:
+            raise UserError(
+                "parallel.pipeline=2 with parallel.virtual > 1 sends to the same peer in both "
+                "directions, and batched p2p then mixes up the messages; use parallel.pipeline > 2 "
+                "or parallel.virtual=1"
+            )
+        for name, size in (
+            ("model.num_attention_heads", model.num_attention_heads),
+            ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ):
+            if size % layout.tensor:
+                raise UserError(
+                    f"{name}={size} is not divisible by parallel.tensor={layout.tensor}"
+                )
+        if layout.sequence and model.seq_length % (layout.tensor * layout.context):
+            raise UserError(
+                f"model.seq_length={model.seq_length} is not divisible by parallel.tensor * "
+                f"parallel.context = {layout.tensor * layout.context}, which sequence "
+                "parallelism needs"
+            )
+        if layout.context > 1 and model.seq_length % (2 * layout.context):
+            raise UserError(
+                f"model.seq_length={model.seq_length} is not divisible by 2 * parallel.context = "
+                f"{2 * layout.context}, which context parallelism's load balancing needs"
+            )
+        if layout.expert > 1 and model.num_moe_experts is None:
+            raise UserError(
+                f"parallel.expert={layout.expert} needs model.num_moe_experts; this model is dense"
+            )
+        if model.num_moe_experts is not None and model.num_moe_experts % layout.expert:
+            raise UserError(
+                f"model.num_moe_experts={model.num_moe_experts} is not divisible by "
+                f"parallel.expert={layout.expert}"
+            )
+        if model.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence:
+            raise UserError(
+                "MoE with parallel.tensor > 1 needs parallel.sequence=True (megatron-core's rule)"
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step and data-parallel rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.parallel.data)

@@ -1,0 +1,200 @@
+"""From a TrainConfig to Megatron's GPT model chunks on this rank."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from mhc_megatron.megatron.spec import gpt_block_spec, gpt_mtp_spec
+from mhc_megatron.training.config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Divisible by any TP size up to 128, so that a checkpoint's vocabulary fits every layout.
+VOCAB_MULTIPLE = 128
+# DeepSeek-V3's proportions of the latent and rotary parts, relative to the head size.
+_MLA_KV_LATENT_HEADS, _MLA_ROPE_SHARE = 4, 2
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The embedding's rows: the vocabulary rounded up to a multiple of 128."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def transformer_config(config: TrainConfig) -> TransformerConfig:
+    """Megatron's configuration of the run's transformer and layout."""
+    model, layout = config.model, config.parallel
+    dtype = DTYPES[config.dtype]
+    arguments: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "init_method_std": model.init_method_std,
+        "layernorm_epsilon": model.norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "calculate_per_token_loss": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": config.dtype == "bf16",
+        "fp16": config.dtype == "fp16",
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "sequence_parallel": layout.sequence,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "gradient_accumulation_fusion": False,
+        "deallocate_pipeline_outputs": True,
+        "transformer_impl": config.transformer_impl,
+        "mtp_num_layers": model.mtp_num_layers,
+        "finalize_model_grads_func": finalize_model_grads,
+    }
+    if model.mtp_num_layers is not None:
+        arguments["mtp_loss_scaling_factor"] = model.mtp_loss_scaling_factor
+    if model.num_moe_experts is not None:
+        arguments |= {
+            "num_moe_experts": model.num_moe_experts,
+            "moe_router_topk": model.moe_router_topk,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+            "moe_layer_freq": model.moe_layer_freq,
+            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_grouped_gemm": config.transformer_impl == "transformer_engine",
+            "moe_router_dtype": "fp32",
+        }
+    if config.recompute == "full":
+        arguments |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif config.recompute == "core_attn":
+        arguments |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if not model.multi_latent_attention:
+        return TransformerConfig(**arguments)
+    head = model.hidden_size // model.num_attention_heads
+    return MLATransformerConfig(
+        **arguments,
+        multi_latent_attention=True,
+        qk_layernorm=True,
+        q_lora_rank=None,
+        kv_lora_rank=_MLA_KV_LATENT_HEADS * head,
+        qk_head_dim=head,
+        qk_pos_emb_head_dim=head // _MLA_ROPE_SHARE,
+        v_head_dim=head,
+        rope_type="rope",
+    )
+
+
+def build_chunks(
+    config: TrainConfig, megatron_config: TransformerConfig, *, vocab_size: int
+) -> list[torch.nn.Module]:
+    """The GPT model chunks of this pipeline rank, one per virtual stage, on the run's device.
+
+    Args:
+        config: the run.
+        megatron_config: from ``transformer_config``.
+        vocab_size: tokens the data may hold; padded inside.
+
+    Returns:
+        ``parallel.virtual`` chunks, in half precision wrapped in Megatron's ``Float16Module``.
+    """
+    virtual = config.parallel.virtual
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if virtual > 1 else None
+        where = {
+            "use_transformer_engine": config.transformer_impl == "transformer_engine",
+            "vp_stage": vp_stage,
+        }
+        mhc = config.mhc if config.model.residual == "mhc" else None
+        chunk: torch.nn.Module = GPTModel(
+            config=megatron_config,
+            transformer_layer_spec=gpt_block_spec(megatron_config, mhc, **where),
+            vocab_size=padded_vocab_size(vocab_size),
+            max_sequence_length=config.model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            mtp_block_spec=gpt_mtp_spec(megatron_config, **where),
+            vp_stage=vp_stage,
+        )
+        if torch.cuda.is_available():
+            chunk = chunk.cuda(torch.cuda.current_device())
+        if config.dtype != "fp32":
+            chunk = Float16Module(megatron_config, chunk)
+        chunks.append(chunk)
+    return chunks
+
+
+def wrap_data_parallel(
+    config: TrainConfig, megatron_config: TransformerConfig, chunks: list[torch.nn.Module]
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP around every chunk, with float32 gradient accumulation.
+
+    Sets the configuration's hooks (``no_sync_func``, ``grad_scale_func`` stays with the
+    optimizer) that the pipeline schedules call.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=megatron_config,
+            ddp_config=ddp_config,
+            module=chunk,
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def count_parameters(chunks: list[torch.nn.Module]) -> int:
+    """Parameters of the whole model: TP- and EP-sharded ones times their shards, PP stages summed."""
+    count = 0
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            shards = 1
+            if getattr(parameter, "tensor_model_parallel", False):
+                shards = parallel_state.get_tensor_model_parallel_world_size()
+            if not getattr(parameter, "allreduce", True):
+                shards = parallel_state.get_expert_model_parallel_world_size()
+            count += parameter.numel() * shards
+    total = torch.tensor(count, dtype=torch.int64, device=torch.cuda.current_device())
+    group = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.all_reduce(total, group=group)
+    return int(total.item())
+
+
+def config_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as nested plain data, for JSON."""
+    return asdict(config)

@@ -1,0 +1,90 @@
+"""The distributed side of a run: devices, process groups, seeds; entered once, always left."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+
+from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.compat import require_supported_core
+from mhc_megatron.megatron.cpu_runtime import cpu_runtime
+from mhc_megatron.training.config import TrainConfig
+
+# Ranks of different pipeline stages draw different weights (Megatron-LM's own stride).
+_PIPELINE_SEED_STRIDE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the run's processes."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+@contextlib.contextmanager
+def distributed_runtime(
+    config: TrainConfig, world: World, *, timeout: timedelta = timedelta(minutes=10)
+) -> Iterator[None]:
+    """Everything megatron-core needs before a model can be built; undone on exit.
+
+    NCCL on GPUs, gloo inside ``cpu_runtime`` elsewhere. The process group reads ``MASTER_ADDR``
+    and ``MASTER_PORT`` from the environment, as torchrun sets them.
+
+    Raises:
+        UserError: the number of processes is not the layout's.
+    """
+    layout = config.parallel
+    if world.world_size != layout.world_size:
+        raise UserError(
+            f"{world.world_size} processes run, but the layout needs tensor {layout.tensor} x "
+            f"pipeline {layout.pipeline} x context {layout.context} x data {layout.data} = "
+            f"{layout.world_size}; start {layout.world_size} or change parallel.*"
+        )
+    require_supported_core()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cpu_runtime())
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+            device_id=torch.device("cuda", world.local_rank) if on_gpu else None,
+        )
+        stack.callback(torch.distributed.destroy_process_group)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+        )
+        stack.callback(parallel_state.destroy_model_parallel)
+        init_num_microbatches_calculator(
+            rank=world.rank,
+            rampup_batch_size=None,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            data_parallel_size=layout.data,
+        )
+        stack.callback(destroy_num_microbatches_calculator)
+        set_seed(config.seed)
+        yield
+
+
+def set_seed(seed: int) -> None:
+    """Seed this rank: equal over TP and DP for whole weights, different per pipeline stage."""
+    seed += _PIPELINE_SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

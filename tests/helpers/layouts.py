@@ -1,0 +1,118 @@
+"""Jobs for the worker pool: one model under any layout, its losses, gradients and parameters.
+
+Distributed checkpoints are the common language of the layouts: the entries of
+``sharded_state_dict`` say where each local tensor lies in the global model, so parameters that one
+layout saved load into any other, and gradients saved in the parameters' place can be compared
+entry by entry.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
+from mhc_megatron.training.runtime import World, distributed_runtime
+from mhc_megatron.training.step import Batch, run_step
+
+VOCAB = 120
+
+
+def sample(index: int, seq_length: int) -> Batch:
+    """Sample ``index`` of an endless corpus; the same on every rank and in every layout."""
+    generator = torch.Generator().manual_seed(index)
+    tokens = torch.randint(0, VOCAB, (1, seq_length + 1), generator=generator)
+    mask = (torch.rand(1, seq_length, generator=generator) > 0.1).float()
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": mask,
+        "position_ids": torch.arange(seq_length)[None],
+    }
+
+
+def micro_batches(config: TrainConfig, step: int) -> list[Batch]:
+    """This data-parallel rank's micro-batches of a step; the global batch is the same set."""
+    replica = parallel_state.get_data_parallel_rank()
+    size = config.micro_batch_size
+    batches = []
+    for index in range(config.num_micro_batches):
+        first = step * config.global_batch_size + (index * config.parallel.data + replica) * size
+        samples = [sample(first + i, config.model.seq_length) for i in range(size)]
+        batches.append({key: torch.cat([s[key] for s in samples]) for key in samples[0]})
+    return batches
+
+
+def sharded(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    """The chunks' entries of a distributed checkpoint."""
+    state: dict[str, Any] = {}
+    for index, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(prefix="")
+        # Extra state belongs to Transformer Engine and holds no parameters.
+        state[f"chunk{index}"] = {k: v for k, v in entries.items() if "_extra_state" not in k}
+    return state
+
+
+def randomise(chunks: list[torch.nn.Module], seed: int) -> None:
+    """Give the hyper-connections parameters at which no gradient vanishes."""
+    generator = torch.Generator().manual_seed(seed)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if "hyper_connection" in name or "contraction" in name:
+                scale = 0.02 if parameter.dim() > 1 else 0.5
+                noise = torch.randn(parameter.shape, generator=generator) * scale
+                with torch.no_grad():
+                    parameter.add_(noise)
+
+
+def save_initial(rank: int, world_size: int, config: TrainConfig, folder: str) -> None:
+    """Build the model in one process, randomise it and save its parameters."""
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        chunks = build_chunks(config, transformer_config(config), vocab_size=VOCAB)
+        randomise(chunks, seed=7)
+        dist_checkpointing.save(sharded(chunks), folder)
+
+
+def _unwrap(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [chunk.module for chunk in chunks]
+
+
+def losses_and_gradients(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    initial: str,
+    gradients: str,
+    spoil: Callable[[list[torch.nn.Module]], None] | None = None,
+) -> float:
+    """One forward and backward from the saved parameters; the gradients go to ``gradients``.
+
+    ``spoil`` may damage the model before the step: mutation checks use it.
+    """
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        megatron_config = transformer_config(config)
+        chunks = build_chunks(config, megatron_config, vocab_size=VOCAB)
+        dist_checkpointing.load(sharded(chunks), initial)
+        if spoil is not None:
+            spoil(chunks)
+        wrapped = wrap_data_parallel(config, megatron_config, chunks)
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        loss = run_step(config, megatron_config, wrapped, micro_batches(config, step=0))
+        with torch.no_grad():
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    parameter.data = parameter.main_grad.clone()
+        dist_checkpointing.save(sharded(chunks), gradients)
+        return loss
+
+
+def load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a distributed checkpoint, whole, by their global names."""
+    from mhc_megatron.megatron.cpu_runtime import cpu_runtime
+
+    with cpu_runtime():
+        return dist_checkpointing.load_plain_tensors(str(folder))

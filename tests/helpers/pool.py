@@ -1,0 +1,79 @@
+"""Worker processes that stay alive between tests: importing torch and Megatron happens once."""
+
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(rank: int, jobs: Any, results: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    while multiprocessing.parent_process().is_alive():
+        try:
+            function, arguments, world_size, port = jobs.get(timeout=1)
+        except queue.Empty:
+            continue
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            results.put((rank, True, function(rank, world_size, *arguments)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+
+class WorkerFailed(AssertionError):
+    """A job raised on some rank; the message is that rank's traceback."""
+
+
+class WorkerPool:
+    """``run(function, world_size, *arguments)`` calls it on ranks 0 .. world_size - 1 at once."""
+
+    def __init__(self, size: int, *, timeout: float = 120.0) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.timeout = timeout
+        self.results = context.Queue()
+        self.jobs = [context.Queue() for _ in range(size)]
+        self.processes = [
+            # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+            context.Process(target=_work, args=(rank, jobs, self.results))
+            for rank, jobs in enumerate(self.jobs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        port = _free_port()
+        for jobs in self.jobs[:world_size]:
+            jobs.put((function, arguments, world_size, port))
+        returned: dict[int, Any] = {}
+        while len(returned) < world_size:
+            try:
+                rank, succeeded, value = self.results.get(timeout=self.timeout)
+            except queue.Empty:
+                rank, succeeded, value = -1, False, f"no answer within {self.timeout} s"
+            if not succeeded:
+                self.close()  # the other ranks may wait for this one forever
+                raise WorkerFailed(f"rank {rank} of {world_size}:\n{value}")
+            returned[rank] = value
+        return [returned[rank] for rank in range(world_size)]
+
+    @property
+    def usable(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
