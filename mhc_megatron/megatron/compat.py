@@ -1,7 +1,10 @@
 """Every difference between the supported megatron-core versions, each with its bounds."""
 
+import importlib.util
+
 import megatron.core
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from packaging.version import Version
 
@@ -33,3 +36,22 @@ def batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return get_batch_on_this_cp_rank(batch, cp_group=group)
     # Without a group, core >= 0.18 slices over the whole world.
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+
+
+def require_transformer_engine_where_core_does(config: TransformerConfig) -> None:
+    """Raise a UserError for modules that this megatron-core cannot run without TE.
+
+    core < 0.17 names Transformer Engine's functions in two places without importing or having
+    them: MoE's ``router_gating_linear`` and the constructor of multi-latent attention.
+    """
+    if core_version() >= Version("0.17") or importlib.util.find_spec("transformer_engine"):
+        return
+    for needed, module in (
+        (config.num_moe_experts is not None, "MoE layers"),
+        (config.multi_latent_attention, "multi-latent attention"),
+    ):
+        if needed:
+            raise UserError(
+                f"{module} on megatron-core {core_version()} cannot run without Transformer "
+                "Engine; install transformer-engine or megatron-core>=0.17"
+            )

@@ -17,7 +17,7 @@ does anywhere without them.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -80,11 +80,13 @@ class _Event:
         return True
 
 
-def _nothing(*args: object, **kwargs: object) -> None: ...
+def _doing_nothing() -> Callable[..., None]:
+    """A new function every time: torch.compile refuses one function under two names."""
+    return lambda *args, **kwargs: None
 
 
-def _same(tensor: Any, *args: object, **kwargs: object) -> Any:
-    return tensor
+def _returning_itself() -> Callable[..., Any]:
+    return lambda itself, *args, **kwargs: itself
 
 
 def _substitutes() -> list[tuple[Any, str, Any]]:
@@ -98,13 +100,27 @@ def _substitutes() -> list[tuple[Any, str, Any]]:
     def set_rng_state(state: Tensor, device: object = "cuda") -> None:
         torch.set_rng_state(state)
 
+    all_to_all_single = torch.distributed.all_to_all_single
+
+    def all_to_all_with_lists(
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # Megatron turns the splits into arrays only while it moves them off a GPU.
+        splits = [s if s is None else [int(x) for x in s] for s in (output_split_sizes, input_split_sizes)]
+        return all_to_all_single(output, input, *splits, **kwargs)
+
     return [
+        (torch.distributed, "all_to_all_single", all_to_all_with_lists),
         (cuda, "current_device", lambda: _CPU),
         (cuda, "is_initialized", lambda: True),
-        (cuda, "_lazy_init", _nothing),
-        (cuda, "set_device", _nothing),
-        (cuda, "synchronize", _nothing),
-        (cuda, "empty_cache", _nothing),
+        (cuda, "_lazy_init", _doing_nothing()),
+        (cuda, "set_device", _doing_nothing()),
+        (cuda, "synchronize", _doing_nothing()),
+        (cuda, "empty_cache", _doing_nothing()),
         (cuda, "device_count", lambda: 1),
         (cuda, "manual_seed", torch.manual_seed),
         (cuda, "get_rng_state", get_rng_state),
@@ -117,11 +133,11 @@ def _substitutes() -> list[tuple[Any, str, Any]]:
         (cuda, "current_stream", lambda device=None: one_stream),
         (cuda, "default_stream", lambda device=None: one_stream),
         (cuda, "stream", lambda stream: contextlib.nullcontext()),
-        (cuda.nvtx, "range_push", _nothing),
-        (cuda.nvtx, "range_pop", _nothing),
-        (Tensor, "cuda", _same),
-        (Tensor, "record_stream", _nothing),
-        (torch.nn.Module, "cuda", _same),
+        (cuda.nvtx, "range_push", _doing_nothing()),
+        (cuda.nvtx, "range_pop", _doing_nothing()),
+        (Tensor, "cuda", _returning_itself()),
+        (Tensor, "record_stream", _doing_nothing()),
+        (torch.nn.Module, "cuda", _returning_itself()),
     ]
 
 

@@ -7,6 +7,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,6 +22,7 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.compat import require_supported_core
 from mhc_megatron.megatron.layer import MHCTransformerLayer
+from mhc_megatron.megatron.local_attention import LocalMLACoreAttention
 from mhc_megatron.megatron.norm import TorchNorm, contract_norm
 
 
@@ -107,13 +110,14 @@ def gpt_mtp_spec(
     """
     if config.mtp_num_layers is None:
         return None
-    return get_gpt_mtp_block_spec(
+    spec = get_gpt_mtp_block_spec(
         config,
         _stock_block_spec(config, use_transformer_engine, vp_stage, pp_rank),
         use_transformer_engine=use_transformer_engine,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+    return spec if use_transformer_engine else _completed(spec)
 
 
 def _stock_block_spec(
@@ -129,37 +133,19 @@ def _stock_block_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    if use_transformer_engine:
-        return block
-    return dataclasses.replace(
-        block,
-        layer_specs=[_with_torch_norm(spec) for spec in block.layer_specs],
-        layer_norm=_torch_norm(block.layer_norm),
-    )
+    return block if use_transformer_engine else _completed(block)
 
 
-def _torch_norm(module: Any) -> Any:
-    return TorchNorm if module is WrappedTorchNorm else module
-
-
-def _with_torch_norm(spec: ModuleSpec) -> ModuleSpec:
-    """The layer spec with ``WrappedTorchNorm``, which refuses SP, replaced by ``TorchNorm``."""
-    layer = spec.submodules
-    attention = layer.self_attention
-    inner = dataclasses.replace(
-        attention.submodules,
-        **{
-            f.name: TorchNorm
-            for f in dataclasses.fields(attention.submodules)
-            if getattr(attention.submodules, f.name) is WrappedTorchNorm
-        },
-    )
-    return dataclasses.replace(
-        spec,
-        submodules=dataclasses.replace(
-            layer,
-            input_layernorm=_torch_norm(layer.input_layernorm),
-            pre_mlp_layernorm=_torch_norm(layer.pre_mlp_layernorm),
-            self_attention=dataclasses.replace(attention, submodules=inner),
-        ),
-    )
+def _completed(spec: Any) -> Any:
+    """A local spec that also does what megatron-core's local modules refuse: SP norms and MLA."""
+    if spec is WrappedTorchNorm:
+        return TorchNorm
+    if isinstance(spec, MLASelfAttentionSubmodules) and spec.core_attention is DotProductAttention:
+        spec = dataclasses.replace(spec, core_attention=LocalMLACoreAttention)
+    if isinstance(spec, list):
+        return [_completed(item) for item in spec]
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
+        changed = {name: _completed(value) for name, value in fields.items()}
+        return dataclasses.replace(spec, **changed)
+    return spec

@@ -5,6 +5,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.compat import require_transformer_engine_where_core_does
 
 
 def _is_identity(module: object) -> bool:
@@ -23,6 +24,7 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         if condition:
             raise UserError(f"{option} does not combine with hyper-connections: {reason}; {remedy}")
 
+    require_transformer_engine_where_core_does(config)
     refuse(
         not _is_identity(submodules.cross_attention),
         "cross attention",

@@ -20,8 +20,8 @@ from mhc_megatron.training.config import TrainConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Divisible by any TP size up to 128, so that a checkpoint's vocabulary fits every layout.
 VOCAB_MULTIPLE = 128
-# DeepSeek-V3's proportions of the latent and rotary parts, relative to the head size.
-_MLA_KV_LATENT_HEADS, _MLA_ROPE_SHARE = 4, 2
+# DeepSeek-V3's latent widths (1536 and 512) and rotary width (64) relative to its heads of 128.
+_MLA_Q_LATENT_HEADS, _MLA_KV_LATENT_HEADS, _MLA_ROPE_SHARE = 12, 4, 2
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -95,7 +95,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **arguments,
         multi_latent_attention=True,
         qk_layernorm=True,
-        q_lora_rank=None,
+        q_lora_rank=_MLA_Q_LATENT_HEADS * head,
         kv_lora_rank=_MLA_KV_LATENT_HEADS * head,
         qk_head_dim=head,
         qk_pos_emb_head_dim=head // _MLA_ROPE_SHARE,

@@ -7,11 +7,11 @@ entry by entry.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import finalize_model_grads
 
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
@@ -49,8 +49,9 @@ def micro_batches(config: TrainConfig, step: int) -> list[Batch]:
 def sharded(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     """The chunks' entries of a distributed checkpoint."""
     state: dict[str, Any] = {}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for index, chunk in enumerate(chunks):
-        entries = chunk.sharded_state_dict(prefix="")
+        entries = chunk.sharded_state_dict(prefix="", metadata={"dp_cp_group": group})
         # Extra state belongs to Transformer Engine and holds no parameters.
         state[f"chunk{index}"] = {k: v for k, v in entries.items() if "_extra_state" not in k}
     return state
@@ -76,8 +77,9 @@ def save_initial(rank: int, world_size: int, config: TrainConfig, folder: str) -
         dist_checkpointing.save(sharded(chunks), folder)
 
 
-def _unwrap(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    return [chunk.module for chunk in chunks]
+def _finalize_whole_gradients(*args: Any, **kwargs: Any) -> None:
+    """Whole gradients on every rank, also where the distributed optimizer needs only its shard."""
+    finalize_model_grads(*args, **{**kwargs, "force_all_reduce": True})
 
 
 def losses_and_gradients(
@@ -99,6 +101,7 @@ def losses_and_gradients(
         if spoil is not None:
             spoil(chunks)
         wrapped = wrap_data_parallel(config, megatron_config, chunks)
+        megatron_config.finalize_model_grads_func = _finalize_whole_gradients
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         loss = run_step(config, megatron_config, wrapped, micro_batches(config, step=0))
@@ -110,9 +113,20 @@ def losses_and_gradients(
         return loss
 
 
-def load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a distributed checkpoint, whole, by their global names."""
-    from mhc_megatron.megatron.cpu_runtime import cpu_runtime
+def differences(rank: int, world_size: int, left: str, right: str) -> dict[str, float]:
+    """Relative error ||a - b|| / ||b|| of every tensor of two distributed checkpoints.
 
-    with cpu_runtime():
-        return dist_checkpointing.load_plain_tensors(str(folder))
+    A tensor that one side lacks, has another shape or is not finite counts as infinitely far.
+    """
+    single = TrainConfig(micro_batch_size=1, global_batch_size=1)
+    with distributed_runtime(single, World(rank=rank, local_rank=rank, world_size=world_size)):
+        a, b = (dist_checkpointing.load_plain_tensors(folder) for folder in (left, right))
+    errors = {}
+    for name in sorted(a.keys() | b.keys()):
+        x, y = a.get(name), b.get(name)
+        if x is None or y is None or x.shape != y.shape:
+            errors[name] = float("inf")
+            continue
+        error = (x.double() - y.double()).norm() / y.double().norm()
+        errors[name] = error.item() if error.isfinite() else float("inf")
+    return errors
