@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -72,16 +73,17 @@ class ContractNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Entries of a distributed checkpoint, the norm's under their plain names."""
+        """Entries of a distributed checkpoint, the norm's stored under their plain names."""
         sharded: ShardedStateDict = {}
-        for name, module in (("", self.norm), ("contraction.", self.contraction)):
+        for name, module in self.named_children():
             sharded |= sharded_state_dict_default(
                 module,
-                prefix + name,
+                f"{prefix}{name}.",
                 sharded_offsets,
                 metadata,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
             )
+        apply_prefix_mapping(sharded, {f"{prefix}norm.": prefix})
         return sharded
 
 

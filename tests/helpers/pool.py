@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -58,16 +59,24 @@ class WorkerPool:
         for jobs in self.jobs[:world_size]:
             jobs.put((function, arguments, world_size, port))
         returned: dict[int, Any] = {}
+        deadline = time.monotonic() + self.timeout
         while len(returned) < world_size:
-            try:
-                rank, succeeded, value = self.results.get(timeout=self.timeout)
-            except queue.Empty:
-                rank, succeeded, value = -1, False, f"no answer within {self.timeout} s"
+            rank, succeeded, value = self._next_result(deadline)
             if not succeeded:
                 self.close()  # the other ranks may wait for this one forever
                 raise WorkerFailed(f"rank {rank} of {world_size}:\n{value}")
             returned[rank] = value
         return [returned[rank] for rank in range(world_size)]
+
+    def _next_result(self, deadline: float) -> tuple[int, bool, Any]:
+        while time.monotonic() < deadline:
+            try:
+                return self.results.get(timeout=0.5)
+            except queue.Empty:
+                for rank, process in enumerate(self.processes):
+                    if not process.is_alive():
+                        return rank, False, f"died with exit status {process.exitcode}"
+        return -1, False, f"no answer within {self.timeout} s"
 
     @property
     def usable(self) -> bool:

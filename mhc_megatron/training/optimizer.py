@@ -1,0 +1,46 @@
+"""Megatron's mixed-precision AdamW over the model chunks."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+
+from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.model import DTYPES
+from mhc_megatron.training.schedule import learning_rate
+
+
+def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module]) -> Any:
+    """Megatron's optimizer for DDP-wrapped chunks.
+
+    Weight decay skips every one-dimensional parameter (Megatron's own rule), which exempts the
+    hyper-connections' biases and alphas and decays their projection, as DeepSeek-V4 does.
+    """
+    options = config.optimizer
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=config.dtype == "bf16",
+            fp16=config.dtype == "fp16",
+            params_dtype=DTYPES[config.dtype],
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        chunks,
+    )
+
+
+def set_learning_rate(config: TrainConfig, optimizer: Any, step: int) -> float:
+    """Set this step's learning rate and each group's weight decay; returns the learning rate."""
+    lr = learning_rate(config.optimizer, step, config.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+    return lr
