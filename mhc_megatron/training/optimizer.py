@@ -21,8 +21,10 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module]) -> Any:
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
+            # Megatron finds a checkpoint's parameter groups by these two (core >= 0.17), and a
+            # resumed run may change its rates; update_groups sets the real one every step.
+            lr=1.0,
+            min_lr=0.0,
             weight_decay=options.weight_decay,
             adam_beta1=options.beta1,
             adam_beta2=options.beta2,
@@ -37,10 +39,17 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module]) -> Any:
     )
 
 
-def set_learning_rate(config: TrainConfig, optimizer: Any, step: int) -> float:
-    """Set this step's learning rate and each group's weight decay; returns the learning rate."""
-    lr = learning_rate(config.optimizer, step, config.steps)
+def update_groups(config: TrainConfig, optimizer: Any, step: int) -> float:
+    """Set this step's learning rate, and the settings that a checkpoint may have brought back.
+
+    Returns:
+        The learning rate.
+    """
+    options = config.optimizer
+    lr = learning_rate(options, step, config.steps)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
-        group["weight_decay"] = config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = options.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (options.beta1, options.beta2)
+        group["eps"] = options.eps
     return lr

@@ -22,7 +22,7 @@ from mhc_megatron.training.model import (
     transformer_config,
     wrap_data_parallel,
 )
-from mhc_megatron.training.optimizer import build_optimizer, set_learning_rate
+from mhc_megatron.training.optimizer import build_optimizer, update_groups
 from mhc_megatron.training.probe import Mappings, probe_mappings
 from mhc_megatron.training.step import Batch, run_step
 
@@ -103,7 +103,7 @@ class Trainer:
     def step(self, step: int) -> StepMetrics:
         """One optimizer step on the global batch of 0-based ``step``."""
         start = time.perf_counter()
-        lr = set_learning_rate(self.config, self.optimizer, step)
+        lr = update_groups(self.config, self.optimizer, step)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

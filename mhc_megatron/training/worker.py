@@ -1,31 +1,47 @@
 """One rank of a training run: ``python -m mhc_megatron.training.worker CONFIG_JSON``.
 
-The launcher starts it once per process of the layout; torchrun or srun may, too.
+The local launcher starts it once per process of the layout.
 """
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 from mhc_megatron.errors import UserError
-from mhc_megatron.launch.environment import world_from_environment
+from mhc_megatron.launch.environment import World, world_from_environment
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.overrides import from_dict
 
 
-def main(arguments: list[str]) -> int:
-    """Run this rank; 0 on success, 2 after a UserError (printed by rank 0 as one line)."""
-    world = world_from_environment()
-    config = from_dict(TrainConfig, json.loads(Path(arguments[0]).read_text()))
-    try:
-        from mhc_megatron.training.loop import train
+def run(config: TrainConfig, world: World) -> int:
+    """Train as one rank; returns 0, or 2 after a UserError (rank 0 prints it as one line)."""
+    _silence_megatron()
+    # Imported here, after the filters: importing megatron-core already warns.
+    from mhc_megatron.training.loop import train
 
+    try:
         train(config, world)
     except UserError as error:
         if world.rank == 0:
             print(f"mhc-megatron: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _silence_megatron() -> None:
+    """Keep megatron-core's notes on optional packages and deprecations out of the progress bar."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def main(arguments: list[str]) -> int:
+    """Read the configuration and this process's place from the environment, then train."""
+    world = world_from_environment() or World(rank=0, local_rank=0, world_size=1)
+    config = from_dict(TrainConfig, json.loads(Path(arguments[0]).read_text()))
+    return run(config, world)
 
 
 if __name__ == "__main__":

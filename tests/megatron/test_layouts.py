@@ -20,8 +20,9 @@ MTP: dict[str, Any] = {"mtp_num_layers": 1}
 MODELS = {"dense": DENSE, "moe": MOE, "mla": MLA, "mtp": MTP}
 
 # Tensor parallelism sums matrix products over ranks, in another order than one process does:
-# float32 rounding (6e-8) grows to this much over 8 layers of 32-wide activations.
-SUMMATION_ORDER = 5e-5
+# float32 rounding (6e-8) grows to this much over 8 layers, most in the gradients of the gates
+# (alpha), which are sums over all tokens that nearly cancel.
+SUMMATION_ORDER = 5e-4
 EXACT = 0.0
 
 # name: (layout, what else differs, largest relative error of any gradient)
