@@ -44,6 +44,8 @@ class _CudaMeansCPU(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if any(map(_is_cuda, args)):
             args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
         return func(*args, **kwargs)
@@ -136,6 +138,7 @@ def _substitutes() -> list[tuple[Any, str, Any]]:
         (cuda.nvtx, "range_push", _doing_nothing()),
         (cuda.nvtx, "range_pop", _doing_nothing()),
         (Tensor, "cuda", _returning_itself()),
+        (Tensor, "pin_memory", _returning_itself()),
         (Tensor, "record_stream", _doing_nothing()),
         (torch.nn.Module, "cuda", _returning_itself()),
     ]

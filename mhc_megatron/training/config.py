@@ -263,6 +263,18 @@ class TrainConfig:
                 f"parallel.context = {layout.tensor * layout.context}, which sequence "
                 "parallelism needs"
             )
+        if layout.context > 1 and self.transformer_impl == "local":
+            raise UserError(
+                f"parallel.context={layout.context} needs "
+                "transformer_impl='transformer_engine': megatron-core's local attention does not "
+                "exchange keys and values over context-parallel ranks"
+            )
+        if self.dtype != "fp32" and not layout.distributed_optimizer:
+            raise UserError(
+                f"dtype={self.dtype!r} needs parallel.distributed_optimizer=True: Megatron's other "
+                "half-precision optimizer cannot checkpoint a model whose hyper-connections stay "
+                "float32"
+            )
         if layout.context > 1 and model.seq_length % (2 * layout.context):
             raise UserError(
                 f"model.seq_length={model.seq_length} is not divisible by 2 * parallel.context = "

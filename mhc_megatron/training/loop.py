@@ -2,7 +2,8 @@
 
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.record import RunRecord
-from mhc_megatron.training.runtime import World, distributed_runtime
+from mhc_megatron.launch.environment import World
+from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.trainer import Trainer
 
 
@@ -19,7 +20,10 @@ def train(config: TrainConfig, world: World) -> None:
     with distributed_runtime(config, world):
         trainer = Trainer(config)
         done = trainer.resume()
-        with RunRecord(config, trainer, start=done, enabled=world.rank == 0) as record:
+        record = RunRecord(
+            config, parameters=trainer.parameters, done=done, enabled=world.rank == 0
+        )
+        with record:
             for step in range(done, config.steps):
                 record.step(step + 1, trainer.step(step))
                 if _due(config, step + 1, config.eval_interval):

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,21 +12,13 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.compat import require_supported_core
 from mhc_megatron.megatron.cpu_runtime import cpu_runtime
 from mhc_megatron.training.config import TrainConfig
 
 # Ranks of different pipeline stages draw different weights (Megatron-LM's own stride).
 _PIPELINE_SEED_STRIDE = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """This process among the run's processes."""
-
-    rank: int
-    local_rank: int
-    world_size: int
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Worker processes that stay alive between tests: importing torch and Megatron happens once."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,16 +19,23 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _die_with(parent: Any) -> None:
+    while parent.is_alive():
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def _work(rank: int, jobs: Any, results: Any) -> None:
+    # A process group of its own: Megatron's checkpoint writer forks, and all must go together.
+    os.setpgrp()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
-    while multiprocessing.parent_process().is_alive():
-        try:
-            function, arguments, world_size, port = jobs.get(timeout=1)
-        except queue.Empty:
-            continue
+    while True:
+        function, arguments, world_size, port = jobs.get()
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.environ["MASTER_PORT"] = str(port)
         try:
@@ -84,5 +94,7 @@ class WorkerPool:
 
     def close(self) -> None:
         for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()

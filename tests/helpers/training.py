@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from mhc_megatron.training.config import TrainConfig
-from mhc_megatron.training.runtime import World, distributed_runtime
+from mhc_megatron.launch.environment import World
+from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.trainer import Trainer
 
 

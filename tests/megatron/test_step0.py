@@ -13,7 +13,8 @@ from megatron.core import dist_checkpointing
 from mhc_megatron.config import Contraction, MHCConfig, Projection
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
-from mhc_megatron.training.runtime import World, distributed_runtime
+from mhc_megatron.launch.environment import World
+from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
 
 

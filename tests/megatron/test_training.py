@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ AFTER_STEPS = 2e-5
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     train, valid = training.corpus(tmp_path_factory.mktemp("corpus"))
     return DataConfig(train=train, valid=valid)
+
+
+@pytest.fixture
+def lone_workers() -> Iterator[list[WorkerPool]]:
+    """Pools of one process for tests whose jobs fail: a pool does not survive that."""
+    pools = [WorkerPool(1) for _ in range(2)]
+    yield pools
+    for pool in pools:
+        pool.close()
 
 
 @pytest.fixture
@@ -116,18 +126,16 @@ def test_the_distributed_optimizer_reshards(
 
 
 def test_a_run_killed_while_saving_resumes_from_the_last_whole_checkpoint(
-    config: TrainConfig,
+    config: TrainConfig, lone_workers: list[WorkerPool]
 ) -> None:
-    pool = WorkerPool(1)
+    pool, survivor = lone_workers
     run(pool, config, 2, save=True)
     with pytest.raises(WorkerFailed, match="died with exit status 9"):
         pool.run(training.die_while_saving, 1, config, 4)
     folders = sorted(path.name for path in Path(config.out, "checkpoints").iterdir())
     assert folders == [".partial-step_00000004", "step_00000002"]
-    survivor = WorkerPool(1)
     resumed = run(survivor, config, 6, save=True)
     assert len(resumed) == 4
-    survivor.close()
 
 
 def newest(config: TrainConfig) -> Path:
@@ -141,16 +149,17 @@ def refusal(workers: WorkerPool, config: TrainConfig) -> str:
     return line.partition("UserError: ")[2]
 
 
-def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
-    workers = WorkerPool(1)
+def test_a_damaged_checkpoint_is_named(
+    config: TrainConfig, lone_workers: list[WorkerPool]
+) -> None:
+    workers, others = lone_workers
     run(workers, config, 1, save=True)
     shard = max(newest(config).iterdir(), key=lambda path: path.stat().st_size)
     with shard.open("r+b") as file:
         file.truncate(100)
     assert f"{shard.name} has 100 bytes instead of" in refusal(workers, config)
-    workers = WorkerPool(1)
     shard.unlink()
-    assert f"{shard.name} is missing" in refusal(workers, config)
+    assert f"{shard.name} is missing" in refusal(others, config)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +167,9 @@ def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
     [("model", "ffn_hidden_size", 128), ("mhc", "num_streams", 2), ("data", "tokenizer", "x")],
 )
 def test_a_checkpoint_of_another_configuration_names_the_field(
-    section: str, field: str, value: Any, config: TrainConfig
+    section: str, field: str, value: Any, config: TrainConfig, lone_workers: list[WorkerPool]
 ) -> None:
-    workers = WorkerPool(1)
+    workers, _ = lone_workers
     run(workers, config, 1, save=True)
     written = newest(config) / "train_config.json"
     saved = json.loads(written.read_text())
@@ -173,8 +182,10 @@ def test_a_checkpoint_of_another_configuration_names_the_field(
     assert f"was saved with {section}.{field}={value!r}" in refusal(workers, config)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(config: TrainConfig) -> None:
-    workers = WorkerPool(1)
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    config: TrainConfig, lone_workers: list[WorkerPool]
+) -> None:
+    workers, _ = lone_workers
     run(workers, config, 1, save=True)
     burning = dataclasses.replace(config, optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))
     message = refusal(workers, burning)

@@ -20,7 +20,8 @@ from mhc_megatron.megatron.p2p import StreamP2PCommunicator
 from mhc_megatron.megatron.spec import with_hyper_connections
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
-from mhc_megatron.training.runtime import World, distributed_runtime
+from mhc_megatron.launch.environment import World
+from mhc_megatron.training.runtime import distributed_runtime
 
 
 def megatron_config(**options: Any) -> TransformerConfig:

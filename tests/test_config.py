@@ -1,0 +1,121 @@
+"""Bad configurations: one line that names the field, the value and the remedy."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+from mhc_megatron.training.config import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from mhc_megatron.training.recipes import RECIPES, load_recipe
+from mhc_megatron.training.schedule import learning_rate
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MHCConfig(num_streams=0), "num_streams=0 must be at least 1"),
+        (lambda: MHCConfig(projection="x"), "projection='x' is not one of sinkhorn"),
+        (lambda: MHCConfig(contraction="x"), "contraction='x' is not one of mean"),
+        (lambda: MHCConfig(sinkhorn_iterations=0), "sinkhorn_iterations=0"),
+        (lambda: MHCConfig(rms_eps=0.0), "rms_eps=0.0 must be positive"),
+        (lambda: MHCConfig(rms_eps=float("nan")), "rms_eps=nan must be positive"),
+        (
+            lambda: MHCConfig(projection="permutation", num_streams=8),
+            "would mix 40320 permutations; use at most 4 streams",
+        ),
+        (
+            lambda: ModelConfig(hidden_size=130),
+            "model.hidden_size=130 is not divisible by model.num_attention_heads=4",
+        ),
+        (lambda: ModelConfig(num_layers=0), "model.num_layers=0 must be at least 1"),
+        (lambda: ModelConfig(num_query_groups=3), "model.num_query_groups=3 does not divide"),
+        (
+            lambda: ModelConfig(num_moe_experts=2, moe_router_topk=4),
+            "model.moe_router_topk=4 exceeds model.num_moe_experts=2",
+        ),
+        (lambda: ParallelConfig(sequence=True), "needs parallel.tensor > 1"),
+        (lambda: ParallelConfig(virtual=2), "parallel.virtual=2 needs parallel.pipeline > 1"),
+        (
+            lambda: ParallelConfig(expert=2, data=3),
+            "parallel.expert=2 does not divide parallel.data .* = 3",
+        ),
+        (lambda: OptimizerConfig(lr=0.0), "optimizer.lr=0.0 must be positive"),
+        (lambda: OptimizerConfig(lr=1.0, min_lr=2.0), "optimizer.min_lr=2.0 must lie between"),
+        (lambda: OptimizerConfig(decay="x"), "optimizer.decay='x'"),
+        (
+            lambda: TrainConfig(micro_batch_size=3, global_batch_size=8),
+            "global_batch_size=8 is not divisible by micro_batch_size .* use a multiple of 3",
+        ),
+        (
+            lambda: TrainConfig(parallel=ParallelConfig(pipeline=3)),
+            "model.num_layers=4 is not divisible by parallel.pipeline .* = 3",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(num_layers=4),
+                parallel=ParallelConfig(pipeline=2, virtual=2),
+            ),
+            "parallel.pipeline=2 with parallel.virtual > 1 sends to the same peer",
+        ),
+        (
+            lambda: TrainConfig(
+                parallel=ParallelConfig(pipeline=4, virtual=1), model=ModelConfig(num_layers=6)
+            ),
+            "model.num_layers=6 is not divisible",
+        ),
+        (
+            lambda: TrainConfig(parallel=ParallelConfig(tensor=3)),
+            "model.num_attention_heads=4 is not divisible by parallel.tensor=3",
+        ),
+        (
+            lambda: TrainConfig(parallel=ParallelConfig(context=2)),
+            "parallel.context=2 needs transformer_impl='transformer_engine'",
+        ),
+        (
+            lambda: TrainConfig(parallel=ParallelConfig(expert=2, data=2)),
+            "parallel.expert=2 needs model.num_moe_experts",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(num_moe_experts=4), parallel=ParallelConfig(tensor=2)
+            ),
+            "MoE with parallel.tensor > 1 needs parallel.sequence=True",
+        ),
+        (lambda: TrainConfig(dtype="bf16"), "needs parallel.distributed_optimizer=True"),
+        (lambda: TrainConfig(steps=0), "steps=0 must be at least 1"),
+        (lambda: load_recipe("stdlib-smal"), "did you mean 'stdlib-small'"),
+        (lambda: load_recipe("no.such:thing"), "cannot be loaded"),
+    ],
+)
+def test_bad_value_is_named(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid(name: str) -> None:
+    assert load_recipe(name).parallel.world_size in (1, 2)
+
+
+def test_learning_rate_closed_forms() -> None:
+    cosine = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=10)
+    assert learning_rate(cosine, 0, 110) == 0.1
+    assert learning_rate(cosine, 9, 110) == 1.0
+    assert learning_rate(cosine, 60, 110) == pytest.approx(0.6, abs=1e-15)
+    assert learning_rate(cosine, 110, 110) == pytest.approx(0.2, abs=1e-15)
+    step = dataclasses.replace(cosine, decay="step")
+    assert [learning_rate(step, s, 100) for s in (10, 79, 80, 89, 90)] == [
+        1.0,
+        1.0,
+        0.316,
+        0.316,
+        0.1,
+    ]
