@@ -35,18 +35,23 @@ def smoothing_window(length: int, *, share: float) -> int:
 
 
 def moving_average(curve: Curve, *, window: int) -> Curve:
-    """Centred mean over ``window`` points, fewer at both ends, leaving out what is not finite."""
+    """Mean over ``window`` points, an odd number, at the step in their middle.
+
+    The first and last ``window // 2`` steps have no mean: one over fewer points would be noisier
+    than the rest, one over a side only would be off where the curve slopes. Values that are not
+    finite are left out.
+    """
     values = np.asarray(curve.values, dtype=np.float64)
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    # Narrower on both sides at once near the ends: a lopsided mean would bend a sloping curve.
-    here = np.arange(len(values))
-    half = np.minimum(np.minimum(here, here[::-1]), window // 2)
-    first, last = here - half, here + half + 1
-    number = counts[last] - counts[first]
-    mean = (sums[last] - sums[first]) / np.where(number, number, 1)
-    return Curve(steps=curve.steps, values=np.where(number, mean, np.nan).tolist())
+    number = counts[window:] - counts[:-window]
+    mean = (sums[window:] - sums[:-window]) / np.where(number, number, 1)
+    half = window // 2
+    return Curve(
+        steps=curve.steps[half : len(values) - half],
+        values=np.where(number, mean, np.nan).tolist(),
+    )
 
 
 def difference(curve: Curve, baseline: Curve) -> Curve:

@@ -8,6 +8,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+# Without tqdm's rate, which would push the numbers below out of 80 columns.
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 # Lines per run where there is no terminal: enough to see that it is alive, few enough for a log.
 _LINES = 20
 
@@ -37,7 +39,11 @@ class Progress:
         self._bar: tqdm | None = None
         if self._stream.isatty():
             self._bar = tqdm(
-                total=steps, initial=done, file=self._stream, dynamic_ncols=True, unit="step"
+                total=steps,
+                initial=done,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format=_BAR,
             )
 
     def update(self, line: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ All parameters are random: under the initialisation most of these gradients are 
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_expand(n: int) -> None:
 
 @num_streams_cases
 @pytest.mark.parametrize("contract", [kernels.contract_mean, kernels.contract_sum])
-def test_contract_mean_and_sum(contract: object, n: int) -> None:
+def test_contract_mean_and_sum(contract: Callable[[Tensor], Tensor], n: int) -> None:
     assert gradcheck(contract, (randn(TOKENS, n, CHANNELS),))
 
 

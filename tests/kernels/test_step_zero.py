@@ -16,7 +16,8 @@ from mhc_megatron import kernels
 NUM_SUBLAYERS, N, CHANNELS, TOKENS = 6, 4, 8, 5
 EPS = 1e-6
 NO_NORM_EPS = 1e-20  # the branch's own norm then removes the scale of its input entirely
-SILENT = 1e-12  # sums of float64 terms of order 1 to 10 that cancel leave their rounding
+SILENT = 1e-11  # above the rounding that a sum of cancelling float64 terms leaves
+LOUD = 1e-8  # below any gradient that does not cancel
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ class Connection:
     bias: Tensor
 
     def split_gradient(self) -> dict[str, Tensor]:
-        parts = {}
+        parts: dict[str, Tensor] = {}
         for name, parameter in (("phi", self.weight), ("b", self.bias)):
             assert parameter.grad is not None
             pre, post, res = parameter.grad.tensor_split((N, 2 * N))
             parts |= {f"{name}_pre": pre, f"{name}_post": post, f"{name}_res": res}
         return parts
+
+    def gate_gradients(self) -> list[float]:
+        gradients = [alpha.grad for alpha in self.alphas if alpha is not None]
+        return [gradient.item() for gradient in gradients if gradient is not None]
 
 
 def initial_bias(projection: str, home: int) -> Tensor:
@@ -149,13 +154,11 @@ def test_only_h_post_learns_in_the_first_step(projection: str) -> None:
     gradients(projection, sites)
     for site in sites:
         parts = site.split_gradient()
-        assert parts["b_post"].abs().max() > 1e4 * SILENT
-        assert parts["phi_post"].abs().max() > 1e4 * SILENT
+        assert parts["b_post"].abs().max() > LOUD
+        assert parts["phi_post"].abs().max() > LOUD
         for name in ("b_pre", "b_res", "phi_pre", "phi_res"):
             assert parts[name].numel() == 0 or parts[name].abs().max() < SILENT, name
-        for alpha in site.alphas:
-            if alpha is not None:  # raw = 0 while phi = 0
-                assert torch.equal(alpha.grad, torch.zeros_like(alpha))
+        assert all(gradient == 0 for gradient in site.gate_gradients())  # raw = 0 while phi = 0
 
 
 def test_streams_part_because_h_pre_reads_them_unevenly() -> None:
@@ -164,7 +167,7 @@ def test_streams_part_because_h_pre_reads_them_unevenly() -> None:
     gradients("sinkhorn", rotating)
     spread = [site.split_gradient()["b_post"] for site in rotating]
     # After the last sublayer nothing reads the streams but the mean.
-    assert all(part.max() - part.min() > 1e4 * SILENT for part in spread[:-1])
+    assert all(part.max() - part.min() > LOUD for part in spread[:-1])
     symmetric = connections("sinkhorn", homes=rotating_homes())
     for site in symmetric:
         site.bias.data[:N] = 0.0  # every stream read alike
@@ -180,8 +183,8 @@ def test_random_parameters_give_inner_sublayers_every_gradient(projection: str) 
     gradients(projection, sites)
     for site in sites[1:-1]:
         for name, part in site.split_gradient().items():
-            assert part.numel() == 0 or part.abs().max() > 1e4 * SILENT, name
-        assert all(alpha.grad.abs() > 1e4 * SILENT for alpha in site.alphas if alpha is not None)
+            assert part.numel() == 0 or part.abs().max() > LOUD, name
+        assert all(abs(gradient) > LOUD for gradient in site.gate_gradients())
 
 
 @pytest.mark.parametrize("projection", kernels.RESIDUAL_PROJECTIONS)
@@ -196,8 +199,8 @@ def test_the_first_sublayer_never_learns_pre_nor_res(projection: str) -> None:
     elif projection == "sinkhorn_v4":  # its row sums move by a fraction of eps
         assert SILENT < parts["b_res"].abs().max() < EPS
     elif projection == "unconstrained":  # its row sums are free
-        assert parts["b_res"].abs().max() > 1e4 * SILENT
-    assert parts["b_post"].abs().max() > 1e4 * SILENT
+        assert parts["b_res"].abs().max() > LOUD
+    assert parts["b_post"].abs().max() > LOUD
 
 
 def test_the_last_sublayer_never_learns_a_doubly_stochastic_res() -> None:
@@ -206,4 +209,4 @@ def test_the_last_sublayer_never_learns_a_doubly_stochastic_res() -> None:
     gradients("permutation", sites)
     parts = sites[-1].split_gradient()
     assert parts["b_res"].abs().max() < SILENT and parts["phi_res"].abs().max() < SILENT
-    assert parts["b_pre"].abs().max() > 1e4 * SILENT
+    assert parts["b_pre"].abs().max() > LOUD
