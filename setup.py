@@ -1,4 +1,4 @@
-"""Package mapping: the repository's top-level folders install under ``mhc_megatron``."""
+"""Package mapping: the repository's top-level folders install inside ``mhc_megatron``."""
 
 from setuptools import find_packages, setup
 

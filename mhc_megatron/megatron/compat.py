@@ -7,7 +7,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from packaging.version import Version
-
 from torch import Tensor
 
 from mhc_megatron.errors import UserError

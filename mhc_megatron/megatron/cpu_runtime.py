@@ -112,7 +112,9 @@ def _substitutes() -> list[tuple[Any, str, Any]]:
         **kwargs: Any,
     ) -> Any:
         # Megatron turns the splits into arrays only while it moves them off a GPU.
-        splits = [s if s is None else [int(x) for x in s] for s in (output_split_sizes, input_split_sizes)]
+        splits = [
+            s if s is None else [int(x) for x in s] for s in (output_split_sizes, input_split_sizes)
+        ]
         return all_to_all_single(output, input, *splits, **kwargs)
 
     return [

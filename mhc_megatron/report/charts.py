@@ -1,6 +1,6 @@
 """The charts of a single run."""
 
-from mhc_megatron.report.curves import Curve, moving_average, smoothing_window
+from mhc_megatron.report.curves import Curve, smoothing_window
 from mhc_megatron.report.plots import BLUE, GREEN, GREY, VERMILLION, WIDE, Line, line_chart
 from mhc_megatron.report.run import Kind, Measure, Run
 
@@ -25,27 +25,23 @@ def window(curve: Curve) -> int:
     return smoothing_window(len(curve), share=_SMOOTH_SHARE)
 
 
-def smoothed(curve: Curve, *, colour: str, label: str) -> list[Line]:
-    """A training curve: raw and faint with its moving average over it, or raw if it is short."""
-    if window(curve) == 1:
-        return [Line(curve=curve, colour=colour, label=label)]
-    average = moving_average(curve, window=window(curve))
-    return [
-        Line(curve=curve, colour=colour, faint=True),
-        Line(curve=average, colour=colour, label=label),
-    ]
+def smoothed(curve: Curve, *, colour: str, label: str = "") -> Line:
+    """A training curve with its moving average over it."""
+    return Line(curve=curve, colour=colour, label=label, window=window(curve))
 
 
 def loss(run: Run) -> str:
     """Training and validation loss."""
-    lines = smoothed(run.curve("loss"), colour=BLUE, label="train")
-    lines.append(Line(curve=run.curve("valid_loss"), colour=VERMILLION, label="validation"))
+    lines = [
+        smoothed(run.curve("loss"), colour=BLUE, label="train"),
+        Line(curve=run.curve("valid_loss"), colour=VERMILLION, label="validation"),
+    ]
     return line_chart("loss", lines, title="Loss, nats per token", log=False, size=WIDE)
 
 
 def grad_norm(run: Run) -> str:
     """Global gradient norm before clipping."""
-    lines = smoothed(run.curve("grad_norm"), colour=GREEN, label="")
+    lines = [smoothed(run.curve("grad_norm"), colour=GREEN)]
     return line_chart("grad-norm", lines, title="Gradient norm before clipping", size=WIDE)
 
 
@@ -59,7 +55,7 @@ def throughput(run: Run) -> str:
     """Tokens per second of every step."""
     tokens = run.curve("tokens_per_s")
     thousands = Curve(steps=tokens.steps, values=[value / 1000 for value in tokens.values])
-    lines = smoothed(thousands, colour=GREY, label="")
+    lines = [smoothed(thousands, colour=GREY)]
     title = "Throughput, thousand tokens/s"
     return line_chart("throughput", lines, title=title, log=False, from_zero=True)
 

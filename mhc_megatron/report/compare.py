@@ -63,7 +63,7 @@ def render_comparison(runs: Mapping[str, Run]) -> str:
             ),
         ),
         page.section("loss", "Loss", *_loss(runs, colours)),
-        page.section("grad-norm", "Gradient norm", page.figure(_grad_norm(runs, colours))),
+        page.section("grad-norm", "Gradient norm", page.wide(_grad_norm(runs, colours))),
         *_gains(runs, colours),
     ]
     notes = [
@@ -87,7 +87,7 @@ def _loss(runs: Mapping[str, Run], colours: Mapping[str, str]) -> list[str]:
     reference = runs[baseline].curve("loss")
     for name, run in runs.items():
         curve, colour = run.curve("loss"), colours[name]
-        train += smoothed(curve, colour=colour, label=name)
+        train.append(smoothed(curve, colour=colour, label=name))
         valid.append(Line(curve=run.curve("valid_loss"), colour=colour, label=name))
         if name != baseline:
             points = difference(curve, reference)
@@ -104,9 +104,9 @@ def _loss(runs: Mapping[str, Run], colours: Mapping[str, str]) -> list[str]:
             log=False,
         ),
     ]
-    captions = ("", "Moving average over 10 % of the steps. Below 0: better than the first run.")
+    captions = ("", f"Moving average over 10 % of the steps. Below 0: better than {baseline}.")
     return [
-        page.figure(
+        page.wide(
             line_chart("loss", train, title="Training loss, nats per token", log=False, size=WIDE)
         ),
         page.charts(
@@ -116,9 +116,10 @@ def _loss(runs: Mapping[str, Run], colours: Mapping[str, str]) -> list[str]:
 
 
 def _grad_norm(runs: Mapping[str, Run], colours: Mapping[str, str]) -> str:
-    lines: list[Line] = []
-    for name, run in runs.items():
-        lines += smoothed(run.curve("grad_norm"), colour=colours[name], label=name)
+    lines = [
+        smoothed(run.curve("grad_norm"), colour=colours[name], label=name)
+        for name, run in runs.items()
+    ]
     return line_chart("grad-norm", lines, title="Gradient norm before clipping", size=WIDE)
 
 
@@ -187,7 +188,7 @@ def _gains(runs: Mapping[str, Run], colours: Mapping[str, str]) -> list[str]:
             "log-column",
             "Attenuation of the composite mappings",
             page.paragraph("A maximum hides attenuation; |log |column sum|| does not."),
-            page.figure(log_column),
+            page.wide(log_column),
         ),
     ]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,14 @@ def moving_average(curve: Curve, *, window: int) -> Curve:
     than the rest, one over a side only would be off where the curve slopes. Values that are not
     finite are left out.
     """
+    if len(curve) < window:
+        return Curve(steps=[], values=[])
     values = np.asarray(curve.values, dtype=np.float64)
     finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    number = counts[window:] - counts[:-window]
-    mean = (sums[window:] - sums[:-window]) / np.where(number, number, 1)
+    # Window by window: in differences of one running sum a spike would drown all that follows it.
+    number = sliding_window_view(finite, window).sum(-1)
+    sums = sliding_window_view(np.where(finite, values, 0.0), window).sum(-1)
+    mean = sums / np.where(number, number, 1)
     half = window // 2
     return Curve(
         steps=curve.steps[half : len(values) - half],

@@ -85,23 +85,19 @@ def _heading(name: str, run: Run) -> str:
 def _summary(name: str, run: Run) -> str:
     info, numbers = run.info, summarise(name, run)
     steps = f"{numbers.steps:,}"
+    extent = " (over depth and training)"
     planned = info.config.get("steps") if info else None
     if planned and planned != numbers.steps:
         steps += f" of {planned:,}"
     rows = [
         ("steps", steps),
-        ("final training loss", f"{number(numbers.train_loss, digits=4)} (mean of the last 5 %)"),
-        ("final validation loss", number(numbers.valid_loss, digits=4)),
-        (
-            "max composite gain",
-            f"forward {number(numbers.gain_forward)}, backward {number(numbers.gain_backward)} "
-            "(over depth and training)"
-            if run.probes
-            else MISSING,
-        ),
-        ("max |log column sum|", number(numbers.log_column)),
-        ("throughput", f"{number(numbers.tokens_per_s, digits=0)} tokens/s (median)"),
-        ("step time", f"{number(numbers.step_ms, digits=1)} ms (median)"),
+        ("final training loss", _value(numbers.train_loss, 4, " (mean of the last 5 %)")),
+        ("final validation loss", _value(numbers.valid_loss, 4, "")),
+        ("max composite gain, forward", _value(numbers.gain_forward, 3, extent)),
+        ("max composite gain, backward", _value(numbers.gain_backward, 3, extent)),
+        ("max |log column sum|", _value(numbers.log_column, 3, extent)),
+        ("throughput", _value(numbers.tokens_per_s, 0, " tokens/s (median)")),
+        ("step time", _value(numbers.step_ms, 1, " ms (median)")),
     ]
     if info is not None:
         if info.parameters is not None:
@@ -111,17 +107,18 @@ def _summary(name: str, run: Run) -> str:
     return page.section("summary", "Summary", page.pairs(rows))
 
 
+def _value(value: float | None, digits: int, unit: str) -> str:
+    return MISSING if value is None else number(value, digits=digits) + unit
+
+
 def _loss(run: Run) -> str:
-    return page.section(
-        "loss", "Loss", page.figure(charts.loss(run), caption=_averaged(run, "loss"))
-    )
+    chart = page.wide(charts.loss(run), caption=_averaged(run, "loss"))
+    return page.section("loss", "Loss", chart)
 
 
 def _grad_norm(run: Run) -> str:
-    svg = charts.grad_norm(run)
-    return page.section(
-        "grad-norm", "Gradient norm", page.figure(svg, caption=_averaged(run, "grad_norm"))
-    )
+    chart = page.wide(charts.grad_norm(run), caption=_averaged(run, "grad_norm"))
+    return page.section("grad-norm", "Gradient norm", chart)
 
 
 def _speed(run: Run) -> str:
@@ -151,7 +148,8 @@ def _gains(run: Run) -> Iterator[str]:
         page.paragraph(
             "Of the token-averaged residual mappings H_res: the largest absolute row sum (forward) "
             "and column sum (backward). Left each sublayer's own, right the product of all from "
-            f"that sublayer to the last. Step {run.probes[-1]['step']:,}; sublayer 0 is "
+            "that sublayer to the last; the mHC paper's stay below 2. "
+            f"Step {run.probes[-1]['step']:,}; sublayer 0 is "
             f"{names[0]}, sublayer {len(names) - 1} is {names[-1]}."
         ),
         page.charts(

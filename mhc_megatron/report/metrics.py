@@ -191,11 +191,15 @@ def read_run(folder: Path | str) -> RunInfo:
 def replace_file(path: Path, text: str) -> None:
     """Write ``text`` so that a reader, or a crash, meets the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _encoded(line: Mapping[str, Any]) -> str:

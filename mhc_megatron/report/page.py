@@ -29,6 +29,7 @@ svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif
   !important; }
 .wide { overflow-x: auto; }
+.wide svg { min-width: 42rem; }
 table { border-collapse: collapse; font-size: .93em; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid #ededea; }
@@ -74,6 +75,11 @@ def figure(svg: str, *, caption: str = "") -> str:
     """A chart with an optional caption."""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>\n{svg}{below}</figure>"
+
+
+def wide(svg: str, *, caption: str = "") -> str:
+    """A figure over the whole width; on a narrow screen it scrolls rather than shrinks."""
+    return f'<div class="wide">\n{figure(svg, caption=caption)}\n</div>'
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:

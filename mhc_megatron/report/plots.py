@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.style
-import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mhc_megatron.report.curves import Curve
+from mhc_megatron.report.curves import Curve, moving_average
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY, GREY = "#CC79A7", "#E69F00", "#56B4E9", "#666666"
@@ -52,8 +52,11 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 _LABEL_SIZE = 8.5
+_LONGEST = 18  # characters of a label
+_DOTS = (0, (1, 1.5))
 _ROUND = [1, 2, 5, 10]  # ticks at multiples of these
 _FEW = 40  # points that still deserve a marker each
+_LARGEST = 1e100  # margins on a logarithmic axis overflow near float64's own end
 _LOG_RATIO = 30  # largest over smallest value from which a linear axis hides the small ones
 
 
@@ -65,15 +68,14 @@ class Line:
         curve: its points; those that are not finite leave gaps, and the chart says how many.
         colour: as #rrggbb.
         label: written at its end; empty for none.
-        faint: raw values behind a smoothed line.
-        dashed: tells lines of one colour apart.
+        window: points of a moving average, an odd number. Above 1 the average is drawn over the
+            values, which become faint.
     """
 
     curve: Curve
     colour: str
     label: str = ""
-    faint: bool = False
-    dashed: bool = False
+    window: int = 1
 
 
 def line_chart(
@@ -106,23 +108,26 @@ def line_chart(
     values = [value for line in lines for value in line.curve.values]
     if log is None:
         log = _spans_decades(values)
+    hidden = sum(not _drawable(value, log=log) for value in values)
+    if hidden:
+        what = "0 or not finite" if log else "not finite"
+        x_label += f" ({hidden} of {len(values)} values are {what})"
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
         figure = Figure(figsize=size)
         axes = figure.add_subplot()
         axes.set_title(title)
-        axes.set_xlabel(x_label, fontsize=_LABEL_SIZE)
+        axes.set_xlabel(x_label if lines else "nothing recorded", fontsize=_LABEL_SIZE)
         if log:
             axes.set_yscale("log", nonpositive="mask")
         for line in lines:
             _draw(axes, line, log=log)
-        _mark_references(axes, references)
-        _scale(axes, log=log, from_zero=from_zero)
-        labels = [*(line.label for line in lines), *(text for _, text in references)]
-        _leave_margins(figure, labels)
+        for height, _ in references:
+            axes.axhline(height, color=_REFERENCE, linewidth=0.9, linestyle=_DOTS, zorder=1)
+        steps = [step for line in lines for step in line.curve.steps]
+        _scale_steps(axes, steps, bins=round(1.1 * size[0]) + 1)
+        _scale_values(axes, log=log, from_zero=from_zero)
+        _leave_margins(figure, [line.label for line in lines] + [text for _, text in references])
         _label_ends(axes, lines, references, log=log)
-        hidden = sum(not _drawable(value, log=log) for value in values)
-        if hidden:
-            _note(axes, f"{hidden} of {len(values)} values are not drawn (not finite, or 0)")
         return _svg(figure, name=name, title=title)
 
 
@@ -137,60 +142,68 @@ def variant_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _drawable(value: float, *, log: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not log)
+    return abs(value) < _LARGEST and (value > 1 / _LARGEST or not log)  # false for NaN
 
 
 def _spans_decades(values: Sequence[float]) -> bool:
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > _LOG_RATIO
+    drawn = [value for value in values if _drawable(value, log=False)]
+    return bool(drawn) and min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_RATIO
 
 
 def _draw(axes: Axes, line: Line, *, log: bool) -> None:
-    steps = np.asarray(line.curve.steps)
-    values = np.array([v if _drawable(v, log=log) else math.nan for v in line.curve.values])
-    few = len(steps) <= _FEW and not line.faint
-    axes.plot(
-        steps,
-        values,
-        color=line.colour,
-        alpha=0.3 if line.faint else 1.0,
-        linewidth=0.7 if line.faint else 1.3,
-        linestyle=(0, (4, 1.6)) if line.dashed else "-",
-        marker="o" if few else "",
-        markersize=2.6,
-        zorder=2 if line.faint else 3,
-    )
-
-
-def _mark_references(axes: Axes, references: Sequence[tuple[float, str]]) -> None:
-    for height, _ in references:
-        axes.axhline(height, color=_REFERENCE, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
-
-
-def _scale(axes: Axes, *, log: bool, from_zero: bool) -> None:
-    axes.margins(x=0.02, y=0.08)
-    bins = round(1.1 * axes.get_figure().get_figwidth()) + 1
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=bins, steps=_ROUND, integer=True))
-    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-    low, high = axes.get_ylim()
-    if log:
-        narrow = high / low < 100
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axes.yaxis.set_minor_locator(ticker.NullLocator())
-        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    few = len(line.curve) <= _FEW
+    if line.window == 1:
+        _plot(axes, line.curve, line.colour, log=log, marker="o" if few else "", markersize=2.6)
         return
-    if from_zero:
-        axes.set_ylim(bottom=0)
-    plain = ticker.ScalarFormatter(useOffset=False)
-    plain.set_scientific(False)
-    axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=6, steps=_ROUND))
-    axes.yaxis.set_major_formatter(plain)
+    _plot(axes, line.curve, line.colour, log=log, alpha=0.3, linewidth=0.7)
+    _plot(axes, moving_average(line.curve, window=line.window), line.colour, log=log)
+
+
+def _plot(axes: Axes, curve: Curve, colour: str, *, log: bool, **style: Any) -> None:
+    # NaN leaves a gap.
+    values = [value if _drawable(value, log=log) else math.nan for value in curve.values]
+    axes.plot(curve.steps, values, color=colour, zorder=2, **style)
+
+
+def _scale_steps(axes: Axes, steps: Sequence[float], *, bins: int) -> None:
+    """The horizontal axis: all that was recorded, drawn or not."""
+    if not steps:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    first, last = min(steps), max(steps)
+    margin = 0.02 * (last - first) or 1
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(
+        ticker.MaxNLocator(bins, steps=_ROUND, integer=True, min_n_ticks=1)
+    )
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+
+
+def _scale_values(axes: Axes, *, log: bool, from_zero: bool) -> None:
+    axes.margins(y=0.08)
+    low, high = axes.get_ylim()
+    if from_zero and not log:
+        low, high = axes.set_ylim(0, 1.03 * high)
+    if log:
+        subs = (1, 2, 5) if high / low < 100 else (1,)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    elif axes.get_yticks().size:
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=_ROUND))
+    largest = max(abs(low), abs(high))
+    if log or not 1e-4 <= largest < 1e5:
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    else:
+        plain = ticker.ScalarFormatter(useOffset=False)
+        plain.set_scientific(False)
+        axes.yaxis.set_major_formatter(plain)
 
 
 def _leave_margins(figure: Figure, labels: Sequence[str]) -> None:
     """Fixed margins, so that charts below each other line up; the right one fits the labels."""
     width, height = figure.get_size_inches()
-    right = 0.12 + 0.075 * max((len(label) for label in labels), default=0)
+    right = 0.12 + 0.075 * max((len(_shortened(label)) for label in labels), default=0)
     figure.subplots_adjust(
         left=0.58 / width, right=1 - right / width, top=1 - 0.36 / height, bottom=0.46 / height
     )
@@ -203,7 +216,8 @@ def _label_ends(
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = [(height, text, _REFERENCE) for height, text in references if text]
     for line in lines:
-        drawn = [value for value in line.curve.values if _drawable(value, log=log)]
+        curve = moving_average(line.curve, window=line.window)
+        drawn = [value for value in curve.values if _drawable(value, log=log)]
         if line.label and drawn:
             ends.append((drawn[-1], line.label, line.colour))
     ends.sort(key=lambda end: end[0])
@@ -211,7 +225,7 @@ def _label_ends(
     gap = 1.25 * _LABEL_SIZE / (72 * axes.bbox.height / axes.figure.dpi)
     for (_, text, colour), height in zip(ends, spread(heights, gap=gap), strict=True):
         axes.annotate(
-            text,
+            _shortened(text),
             (1, height),
             xycoords="axes fraction",
             xytext=(4, 0),
@@ -221,6 +235,10 @@ def _label_ends(
             color=colour,
             annotation_clip=False,
         )
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
@@ -242,19 +260,6 @@ def _bottom(block: Sequence[float], gap: float) -> float:
 
 def _top(block: Sequence[float], gap: float) -> float:
     return _bottom(block, gap) + gap * (len(block) - 1)
-
-
-def _note(axes: Axes, text: str) -> None:
-    axes.text(
-        0.99,
-        0.98,
-        text,
-        transform=axes.transAxes,
-        ha="right",
-        va="top",
-        fontsize=7.5,
-        color=VERMILLION,
-    )
 
 
 def _svg(figure: Figure, *, name: str, title: str) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from mhc_megatron.config import MHCConfig, Projection
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import world_from_environment
 from mhc_megatron.launch.local import launch_local
-from mhc_megatron.report.compare import write_comparison
+from mhc_megatron.report.compare import format_table, summaries, write_comparison
 from mhc_megatron.training import worker
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.overrides import apply_overrides, to_dict
@@ -62,20 +61,30 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     """Train every variant from the same seed on the same data, then write one comparison."""
-    base = _config(args)
-    names = [name.strip() for name in args.variants.split(",") if name.strip()]
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise UserError(f"--variants={args.variants!r} must name at least two different variants")
-    configs = {name: _variant(base, name) for name in names}
+    configs = compare_configs(args)
     for index, (name, config) in enumerate(configs.items(), start=1):
         print(f"[{index}/{len(configs)}] {name} -> {config.out}", flush=True)
         status = train_locally(config)
         if status != 0:
             return status
     folders = {name: Path(config.out) for name, config in configs.items()}
-    report = write_comparison(folders, Path(base.out) / "comparison.html")
-    print(f"comparison: {report}")
+    page = write_comparison(folders, Path(_config(args).out) / "comparison.html")
+    print(format_table(summaries(folders)))
+    print(f"comparison: {page}")
     return 0
+
+
+def compare_configs(args: argparse.Namespace) -> dict[str, TrainConfig]:
+    """The runs of a comparison by variant, each in its own folder below the recipe's.
+
+    Raises:
+        UserError: fewer than two variants, one twice, or an unknown one.
+    """
+    base = _config(args)
+    names = [name.strip() for name in args.variants.split(",") if name.strip()]
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise UserError(f"--variants={args.variants!r} must name at least two different variants")
+    return {name: _variant(base, name) for name in names}
 
 
 def train_locally(config: TrainConfig) -> int:
@@ -114,7 +123,3 @@ def _variant(base: TrainConfig, name: str) -> TrainConfig:
     mhc: MHCConfig = dataclasses.replace(base.mhc, projection=projections[name])
     model = dataclasses.replace(base.model, residual="mhc")
     return dataclasses.replace(base, model=model, mhc=mhc, out=out)
-
-
-if __name__ == "__main__":
-    sys.exit("run this as: mhc-megatron train")

@@ -1,8 +1,8 @@
 """A whole run: resume, steps, validations, checkpoints, and what people look at."""
 
+from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.record import RunRecord
-from mhc_megatron.launch.environment import World
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.trainer import Trainer
 

@@ -179,7 +179,7 @@ def wrap_data_parallel(
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:
-    """Parameters of the whole model: TP- and EP-sharded ones times their shards, PP stages summed."""
+    """Parameters of the whole model: sharded ones (TP, EP) counted whole, PP stages summed."""
     count = 0
     for chunk in chunks:
         for parameter in chunk.parameters():

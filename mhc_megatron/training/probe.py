@@ -59,7 +59,9 @@ class MappingProbe:
         merged = {sublayer: mean for stage in stages for sublayer, mean in stage.items()}
         order = sorted(merged)
         return Mappings(
-            names=[f"{sublayer // 2}.{'mlp' if sublayer % 2 else 'attention'}" for sublayer in order],
+            names=[
+                f"{sublayer // 2}.{'mlp' if sublayer % 2 else 'attention'}" for sublayer in order
+            ],
             res=torch.stack([merged[sublayer] for sublayer in order]),
         )
 

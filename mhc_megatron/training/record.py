@@ -12,7 +12,8 @@ import megatron.core
 import torch
 
 from mhc_megatron.gains import gain_magnitudes
-from mhc_megatron.report.html import write_report
+from mhc_megatron.report.curves import peak
+from mhc_megatron.report.html import layout_text, write_report
 from mhc_megatron.report.metrics import MetricsLog, RunInfo, write_run
 from mhc_megatron.report.progress import Progress
 from mhc_megatron.report.tensorboard import TensorBoardLog
@@ -32,9 +33,7 @@ class RunRecord:
         enabled: False on every rank but the first, where all calls do nothing.
     """
 
-    def __init__(
-        self, config: TrainConfig, *, parameters: int, done: int, enabled: bool
-    ) -> None:
+    def __init__(self, config: TrainConfig, *, parameters: int, done: int, enabled: bool) -> None:
         self._config, self._parameters, self._done = config, parameters, done
         self._enabled = enabled
         self._folder = Path(config.out)
@@ -49,9 +48,7 @@ class RunRecord:
             self._board = self._open.enter_context(
                 TensorBoardLog(self._folder / "tensorboard", done=self._done)
             )
-            self._progress = self._open.enter_context(
-                Progress(self._config.steps, done=self._done)
-            )
+            self._progress = self._open.enter_context(Progress(self._config.steps, done=self._done))
             self._progress.note(self._opening())
         return self
 
@@ -87,8 +84,8 @@ class RunRecord:
             self._log.write_gains(step, sublayers=mappings.names, gains=gains)
             self._board.write_gains(step, gains)
             gain = (
-                f", composite gain {max(gains.composite.forward):.3f} forward, "
-                f"{max(gains.composite.backward):.3f} backward"
+                f", composite gain {peak(gains.composite.forward):.3f} forward, "
+                f"{peak(gains.composite.backward):.3f} backward"
             )
         self._progress.note(f"step {step}: validation loss {loss:.4f}{gain}")
 
@@ -116,24 +113,14 @@ class RunRecord:
         print(f"report: {report}", flush=True)
 
     def _opening(self) -> str:
-        layout = self._config.parallel
-        sizes = {
-            "TP": layout.tensor,
-            "PP": layout.pipeline,
-            "VPP": layout.virtual,
-            "CP": layout.context,
-            "EP": layout.expert,
-            "DP": layout.data,
-        }
-        axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1 process"
-        if layout.sequence:
-            axes += " SP"
-        residual = self._config.model.residual
-        if residual == "mhc":
-            residual = f"{self._config.mhc.projection} n={self._config.mhc.num_streams}"
+        mhc = self._config.mhc
+        residual = f"{mhc.projection} n={mhc.num_streams}"
+        if self._config.model.residual == "plain":
+            residual = "plain"
         start = f"resumes after step {self._done}" if self._done else "starts"
         return (
-            f"{self._folder}: {self._parameters:,} parameters, residual {residual}, {axes}, "
+            f"{self._folder}: {self._parameters:,} parameters, residual {residual}, "
+            f"{layout_text(config_dict(self._config))}, "
             f"{self._config.dtype}, megatron-core {megatron.core.__version__}; {start}"
         )
 

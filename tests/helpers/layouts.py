@@ -13,9 +13,9 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
 
+from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
-from mhc_megatron.launch.environment import World
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import Batch, run_step
 

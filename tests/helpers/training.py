@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.launch.environment import World
+from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.trainer import Trainer
 
@@ -50,7 +50,9 @@ def corpus(folder: Path, *, documents: int = 60) -> tuple[str, str]:
     prefixes = []
     for split in ("train", "valid"):
         text = folder / f"{split}.txt"
-        text.write_text("\n".join(f"{split} line {i}: {i * i % 97} {i % 7}" for i in range(documents)))
+        text.write_text(
+            "\n".join(f"{split} line {i}: {i * i % 97} {i % 7}" for i in range(documents))
+        )
         prefix = str(folder / split)
         prepare([text], prefix, tokenizer=load_tokenizer("byte"))
         prefixes.append(prefix)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch import cli, doctor
@@ -15,6 +16,7 @@ from mhc_megatron.launch.checks import Check, collect, supported
 from mhc_megatron.launch.gpus import Gpu, Gpus
 from mhc_megatron.launch.machine import Core, Machine, Torch, read_machine
 from mhc_megatron.launch.needs import recipe_checks
+from mhc_megatron.megatron import compat
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.overrides import apply_overrides
 
@@ -107,7 +109,6 @@ def test_megatron_core_against_the_supported_range(version: str, status: str, no
 
 
 def test_the_supported_range_is_the_one_that_the_trainer_enforces() -> None:
-    compat = pytest.importorskip("mhc_megatron.megatron.compat")
     assert str(supported()["megatron-core"].specifier) == f"<{compat.NEWEST},>={compat.OLDEST}"
 
 
@@ -337,7 +338,6 @@ def test_overrides_without_a_recipe_are_refused(laptop: None) -> None:
 
 
 def test_this_machine() -> None:
-    torch = pytest.importorskip("torch")
     machine = read_machine()
     assert machine.torch is not None and machine.torch.version == torch.__version__
     assert machine.versions["numpy"] and machine.cores >= 1 and machine.disk_free > 0

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from mhc_megatron.launch.gpus import Gpu, Gpus, read_gpus
@@ -129,7 +130,6 @@ def test_no_device() -> None:
 
 
 def test_the_real_library_has_every_name_that_is_asked_for() -> None:
-    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is in the extra gpu")
     for name in vars(FakeNvml):
         if name.startswith(("nvml", "NVML")):
             assert hasattr(pynvml, name)

@@ -93,8 +93,6 @@ def test_cp2_equals_single_process(workers: WorkerPool, tmp_path: Path) -> None:
     losses = workers.run(step, 2, run_config(2), initial, str(folders["cp2"]), False)
     # Half of the tokens per rank: sums in another order, float32.
     assert max(abs(loss / expected - 1) for loss in losses) < 1e-6
-    [errors] = workers.run(
-        layouts.differences, 1, str(folders["cp2"]), str(folders["single"])
-    )
+    [errors] = workers.run(layouts.differences, 1, str(folders["cp2"]), str(folders["single"]))
     assert sum("hyper_connection" in name for name in errors) == 10
     assert max(errors.values()) < 1e-4, errors

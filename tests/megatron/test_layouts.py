@@ -150,9 +150,7 @@ def needs_transformer_engine(oracle: Any, model: str, what: str) -> bool:
 def test_mla_equals_single_process(workers: WorkerPool, oracle: Any, tmp_path: Path) -> None:
     if needs_transformer_engine(oracle, "mla", "multi-latent attention"):
         return
-    losses, errors = oracle("mla").errors(
-        workers, run_config(MLA, {"pipeline": 2}), tmp_path / "g"
-    )
+    losses, errors = oracle("mla").errors(workers, run_config(MLA, {"pipeline": 2}), tmp_path / "g")
     check(losses, errors, EXACT, loss_tolerance=0.0)
     with pytest.raises(WorkerFailed, match="UserError: multi-latent attention under tensor par"):
         oracle("mla").errors(workers, run_config(MLA, {"tensor": 2}), tmp_path / "refused")
@@ -215,8 +213,6 @@ def test_a_missing_sequence_parallel_tag_is_caught(
     workers: WorkerPool, oracle: Any, tmp_path: Path
 ) -> None:
     config = run_config(DENSE, {"tensor": 2, "sequence": True})
-    _, errors = oracle("dense").errors(
-        workers, config, tmp_path / "g", drop_sequence_parallel_tags
-    )
+    _, errors = oracle("dense").errors(workers, config, tmp_path / "g", drop_sequence_parallel_tags)
     hyper = {name: error for name, error in errors.items() if "hyper_connection" in name}
     assert min(hyper.values()) > 100 * SUMMATION_ORDER, hyper

@@ -11,9 +11,9 @@ from helpers.pool import WorkerPool
 from megatron.core import dist_checkpointing
 
 from mhc_megatron.config import Contraction, MHCConfig, Projection
+from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
-from mhc_megatron.launch.environment import World
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
 
@@ -100,9 +100,7 @@ def test_equals_the_plain_model_in_every_layout(
 ) -> None:
     expected, folder = plain_loss(False)
     model = config("mhc", MHCConfig(), **LAYOUTS[layout])
-    losses = workers.run(
-        first_loss, model.parallel.world_size, model, str(folder), False, False
-    )
+    losses = workers.run(first_loss, model.parallel.world_size, model, str(folder), False, False)
     # float32 rounding of a loss of about 5, over 16 sublayers.
     assert max(abs(loss / expected - 1) for loss in losses) < 1e-6
 

@@ -63,9 +63,7 @@ def under(config: TrainConfig, out: Path | None = None, **layout: Any) -> TrainC
 
 
 def run(workers: WorkerPool, config: TrainConfig, until: int, *, save: bool = False) -> list[float]:
-    losses = workers.run(
-        training.train_steps, config.parallel.world_size, config, until, save
-    )
+    losses = workers.run(training.train_steps, config.parallel.world_size, config, until, save)
     assert all(rank == losses[0] for rank in losses)
     return losses[0]
 
@@ -96,8 +94,15 @@ def test_three_steps_equal_single_process(
     assert single[2] < single[0]
 
 
-def test_resuming_continues_bit_for_bit(workers: WorkerPool, config: TrainConfig) -> None:
-    layout = under(config, tensor=2, sequence=True)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resuming_continues_bit_for_bit(
+    dtype: Any, workers: WorkerPool, config: TrainConfig
+) -> None:
+    layout = dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tensor=2, sequence=True, distributed_optimizer=dtype == "bf16"),
+        dtype=dtype,
+    )
     whole = run(workers, dataclasses.replace(layout, out=config.out + "-whole"), 6)
     first = run(workers, layout, 3, save=True)
     assert first + run(workers, layout, 6) == whole
@@ -149,9 +154,7 @@ def refusal(workers: WorkerPool, config: TrainConfig) -> str:
     return line.partition("UserError: ")[2]
 
 
-def test_a_damaged_checkpoint_is_named(
-    config: TrainConfig, lone_workers: list[WorkerPool]
-) -> None:
+def test_a_damaged_checkpoint_is_named(config: TrainConfig, lone_workers: list[WorkerPool]) -> None:
     workers, others = lone_workers
     run(workers, config, 1, save=True)
     shard = max(newest(config).iterdir(), key=lambda path: path.stat().st_size)

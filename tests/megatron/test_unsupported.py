@@ -15,12 +15,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.layer import MHCTransformerLayer
 from mhc_megatron.megatron.p2p import StreamP2PCommunicator
 from mhc_megatron.megatron.spec import with_hyper_connections
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
-from mhc_megatron.launch.environment import World
 from mhc_megatron.training.runtime import distributed_runtime
 
 
@@ -69,7 +69,7 @@ def test_cross_attention_is_refused() -> None:
     submodules = dataclasses.replace(
         get_gpt_layer_local_spec().submodules, cross_attention=ModuleSpec(module=torch.nn.Linear)
     )
-    with pytest.raises(UserError, match="cross attention .* decoder-only"):
+    with pytest.raises(UserError, match=r"cross attention .* decoder-only"):
         MHCTransformerLayer(megatron_config(), submodules, mhc=MHCConfig())
 
 
@@ -96,7 +96,7 @@ class TwoRanks:
 
 def test_two_ranks_with_virtual_stages_and_batched_p2p_are_refused() -> None:
     config = megatron_config(virtual_pipeline_model_parallel_size=2, batch_p2p_comm=True)
-    with pytest.raises(UserError, match="pipeline_model_parallel_size=2 .* mixes up messages"):
+    with pytest.raises(UserError, match=r"pipeline_model_parallel_size=2 .* mixes up messages"):
         StreamP2PCommunicator(TwoRanks(), config, num_streams=4)  # type: ignore[arg-type]
 
 

@@ -45,7 +45,9 @@ def test_initial_mappings_are_a_plain_residual(projection: Projection, num_strea
         assert mix.pre.argmax(-1).unique().tolist() == [home]
         torch.testing.assert_close(mix.post, torch.ones(3, 2, num_streams))
         # Rows sum to 1, up to float32 rounding (and V4's floor).
-        torch.testing.assert_close(mix.res.sum(-1), torch.ones(3, 2, num_streams), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            mix.res.sum(-1), torch.ones(3, 2, num_streams), atol=1e-5, rtol=0
+        )
         assert mix.res.diagonal(dim1=-2, dim2=-1).min() > 0.98
 
 

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -38,13 +39,11 @@ def make_run(
     steps: int = 12,
     probe_every: int = 4,
     num_layers: int = 2,
-    status: str = "finished",
+    status: Literal["running", "finished", "failed"] = "finished",
 ) -> Path:
     """Write metrics.jsonl, gains.jsonl and run.json of a run that went as planned."""
     config = TrainConfig(
-        model=ModelConfig(
-            residual="plain" if variant == "plain" else "mhc", num_layers=num_layers
-        ),
+        model=ModelConfig(residual="plain" if variant == "plain" else "mhc", num_layers=num_layers),
         mhc=MHCConfig(projection="unconstrained" if variant == "hc" else "sinkhorn"),
         parallel=ParallelConfig(tensor=2, sequence=True),
         steps=steps,
