@@ -25,6 +25,7 @@ _COSTS = {
     "megatron-core": "no training and no data; the layer itself works",
     "numpy": "nothing runs",
     "packaging": "nothing runs",
+    "psutil": "no checkpoints: megatron-core hangs when it saves one",
     "matplotlib": "no reports",
     "tensorboard": "no TensorBoard scalars",
     "tqdm": "no progress bar",
