@@ -29,7 +29,7 @@ _COSTS = {
     "matplotlib": "no reports",
     "tensorboard": "no TensorBoard scalars",
     "tqdm": "no progress bar",
-    "triton": "no fused kernels",
+    "triton": "no fused kernels, and no megatron-core 0.19",
     "nvidia-ml-py": "the doctor cannot look at the GPUs",
     "transformer-engine": (
         "no transformer_impl=transformer_engine, no FP8, no context parallelism; with "
