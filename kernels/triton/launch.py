@@ -322,7 +322,8 @@ def parameter_backward(
     """phi's gradient from all tokens, and the sums of the partials."""
     num_tokens, n, channels = Shape.of(new_streams)
     num_logits, width = parameters.weight.shape
-    tile, splits = tiles.weight_backward, tiles.weight_splits
+    tile = tiles.weight_backward
+    splits = triton.cdiv(num_tokens, tiles.weight_split)
     device = new_streams.device
     grads = ParameterGradients(
         weight=torch.empty((num_logits, width), dtype=torch.float32, device=device),
@@ -343,13 +344,13 @@ def parameter_backward(
         MP=padded(num_logits, 16),
         PARTS=parts_of(new_streams.dtype),
         PRECISION=precision_of(new_streams.dtype),
-        SPLITS=splits,
+        SPLIT=tiles.weight_split,
         BT=tile.tokens,
         BK=tile.channels,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
-    block = 1024
+    block, rows = 1024, 64
     weight_programs = triton.cdiv(num_logits * width, block) if splits > 1 else 0
     reduce_partials[(1 + weight_programs,)](
         weight_partial,
@@ -363,7 +364,9 @@ def parameter_backward(
         N=n,
         M=num_logits,
         LANES=padded(2 * num_logits, 16),
-        ROWS=64,
+        # A power of two: few values, so few compilations.
+        STEPS=triton.next_power_of_2(triton.cdiv(partial.shape[0], rows)),
+        ROWS=rows,
         BLOCK=block,
         num_warps=4,
     )

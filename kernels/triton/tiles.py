@@ -28,7 +28,7 @@ class Tiles:
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
         streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
-        weight_splits: parts of the tokens whose contributions to phi's gradient are added last.
+        weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's.
     """
 
     mix: Tile
@@ -36,7 +36,7 @@ class Tiles:
     mix_backward: Tile
     streams_backward: Tile
     weight_backward: Tile
-    weight_splits: int
+    weight_split: int
 
 
 def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
@@ -49,16 +49,12 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
     """
     # A float32 tile holds twice the bytes; eight streams hold twice those of four.
     narrow = 2 if dtype == torch.float32 or num_streams > 4 else 1
-    # About 320 programs fill 132 multiprocessors; more splits would only add partials to reduce.
-    columns = -(-num_streams * channels // 128)
-    splits = 1
-    while splits < 16 and columns * splits < 264:
-        splits *= 2
     return Tiles(
         mix=Tile(tokens=32 // narrow, channels=64 // narrow),
         post=Tile(tokens=16, channels=128 // narrow, num_stages=1),
         mix_backward=Tile(tokens=16, channels=128 // narrow),
         streams_backward=Tile(tokens=16, channels=64 // narrow, num_stages=2),
         weight_backward=Tile(tokens=64 // narrow, channels=128 // narrow),
-        weight_splits=splits,
+        # 320 programs at 4096 tokens of 4 x 2560 channels, on 132 multiprocessors.
+        weight_split=1024,
     )

@@ -17,26 +17,25 @@ def weight_bwd(
     MP: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``grad_phi = grad_projected^T vec(y)`` of one split of the tokens and BK columns.
+    """``grad_phi = grad_projected^T vec(y)`` of SPLIT tokens and BK columns.
 
-    ``partial``: [SPLITS, M, K] float32.
+    ``partial``: [splits, M, K] float32.
     """
     T = tl.cast(T, tl.int64)
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
-    length = tl.cdiv(tl.cdiv(T, SPLITS), BT) * BT
-    first = split * length
-    last = tl.minimum(first + length, T)
+    first = split.to(tl.int64) * SPLIT
+    last = tl.minimum(first + SPLIT, T)
     m = tl.arange(0, PARTS * MP) % MP
     projected_rows = projected_ptr + ((tl.arange(0, PARTS * MP) // MP) * M + m)[:, None] * T
     accumulator = tl.zeros([PARTS * MP, BK], tl.float32)
-    for start in tl.range(first, last, BT, num_stages=STAGES):
-        tokens = start + tl.arange(0, BT)
+    for step in tl.range(0, SPLIT, BT, num_stages=STAGES):
+        tokens = first + step + tl.arange(0, BT)
         projected = tl.load(
             projected_rows + tokens[None, :],
             mask=(m < M)[:, None] & (tokens < last)[None, :],
@@ -68,6 +67,7 @@ def reduce_partials(
     N: tl.constexpr,
     M: tl.constexpr,
     LANES: tl.constexpr,
+    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -75,8 +75,8 @@ def reduce_partials(
     if tl.program_id(0) == 0:
         lanes = tl.arange(0, LANES)
         total = tl.zeros([ROWS, LANES], tl.float32)
-        for start in range(0, programs, ROWS):
-            rows = start + tl.arange(0, ROWS)
+        for step in range(STEPS):
+            rows = step * ROWS + tl.arange(0, ROWS)
             pointers = partial_ptr + rows[:, None].to(tl.int64) * (2 * M) + lanes[None, :]
             mask = (rows < programs)[:, None] & (lanes < 2 * M)[None, :]
             total += tl.load(pointers, mask=mask, other=0.0)
