@@ -47,6 +47,7 @@ class Post(torch.autograd.Function):
             None,
             single_pass=False,
             tile=ctx.tiles.streams_backward,
+            terms=ctx.tiles.product_terms,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
 
@@ -101,6 +102,7 @@ class Pre(torch.autograd.Function):
             read,
             single_pass=False,
             tile=ctx.tiles.streams_backward,
+            terms=ctx.tiles.product_terms,
         )
         return (
             grad_streams,
@@ -187,6 +189,7 @@ class PostPre(torch.autograd.Function):
             read,
             single_pass=ctx.single_pass,
             tile=ctx.tiles.streams_backward,
+            terms=ctx.tiles.product_terms,
         )
         return (
             grad_x,

@@ -73,8 +73,11 @@ def gate_bwd(grad, raw, alpha, PROJECTION: tl.constexpr):
     """Gradients of raw, and of alpha before it is summed."""
     if PROJECTION == "unconstrained":
         gated = tanh(raw)
-        return grad * alpha * (1.0 - gated * gated), grad * gated
-    return grad * alpha, grad * raw
+        grad_raw = grad * alpha * (1.0 - gated * gated)
+    else:
+        gated = raw
+        grad_raw = grad * alpha
+    return grad_raw, grad * gated
 
 
 @triton.jit

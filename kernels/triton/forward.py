@@ -70,10 +70,15 @@ def mix_fwd(
     has to be read twice. ``weight`` is phi, [PARTS, M, K].
     """
     T = tl.cast(T, tl.int64)
-    tokens, live = token_rows(T, BT)
+    first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
-    rows = tokens[:, None] * K
+    rows = tl.arange(0, BT)[:, None] * K
+    branch_rows = tl.arange(0, BT)[:, None] * C
+    x_ptr += first * K
+    y_ptr += first * K
+    u_ptr += first * C
     if HAS_POST:
+        branch_ptr += first * C
         post = load_coefficients(packed_ptr, N, tokens, live, T, N)
         res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
     if SINGLE_PASS:
@@ -89,8 +94,9 @@ def mix_fwd(
         channels = c + tl.arange(0, BC)
         x = load_streams(x_ptr + rows, c, mask, N, C, BC)
         if HAS_POST:
-            branch_rows = branch_ptr + tokens[:, None] * C
-            branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+            branch = load_branch(
+                branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
+            )
         if SINGLE_PASS:
             u = tl.zeros([BT, BC], tl.float32)
         for o in tl.static_range(N):
@@ -112,7 +118,7 @@ def mix_fwd(
             if SINGLE_PASS:
                 u += read[o][:, None] * wide
         if SINGLE_PASS:
-            u_pointers = u_ptr + tokens[:, None] * C + channels[None, :]
+            u_pointers = u_ptr + branch_rows + channels[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
 
     # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
@@ -154,7 +160,7 @@ def mix_fwd(
             u = read[0][:, None] * y_tiles[0]
             for i in tl.static_range(1, N):
                 u += read[i][:, None] * y_tiles[i]
-            u_pointers = u_ptr + tokens[:, None] * C + (c + tl.arange(0, BC))[None, :]
+            u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
 
 
@@ -174,14 +180,16 @@ def post_fwd(
 ):
     """``post`` of BT tokens and BC channels: ``x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f``."""
     T = tl.cast(T, tl.int64)
-    tokens, live = token_rows(T, BT)
+    first, tokens, live = token_rows(T, BT)
     c = tl.program_id(1) * BC
     mask = channel_mask(live, c, C, BC)
-    rows = tokens[:, None] * (N * C)
+    rows = tl.arange(0, BT)[:, None] * (N * C)
+    branch_rows = branch_ptr + first * C + tl.arange(0, BT)[:, None] * C
+    x_ptr += first * (N * C)
+    y_ptr += first * (N * C)
     post = load_coefficients(packed_ptr, N, tokens, live, T, N)
     res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
     x = load_streams(x_ptr + rows, c, mask, N, C, BC)
-    branch_rows = branch_ptr + tokens[:, None] * C
     branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
     for o in tl.static_range(N):
         y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)

@@ -65,13 +65,18 @@ def precision_of(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "ieee", torch.float16: "tf32x3", torch.float32: "ieee"}[dtype]
 
 
-def vector_of(dtype: torch.dtype) -> int:
-    """Numbers in a 16-byte load."""
-    return 16 // dtype.itemsize
+def vector_of(dtype: torch.dtype, tile: Tile) -> int:
+    """Neighbouring channels of a tile that one thread holds: what a 16-byte load brings."""
+    return min(16 // dtype.itemsize, tile.tokens * tile.channels // (32 * tile.num_warps))
 
 
 def padded(number: int, least: int) -> int:
     return max(least, triton.next_power_of_2(number))
+
+
+def logit_rows(num_logits: int, dtype: torch.dtype) -> int:
+    """M padded so that all parts together fill the 64 rows of a Hopper tensor core's product."""
+    return padded(num_logits, 32 if parts_of(dtype) == 2 else 16)
 
 
 @lru_cache(maxsize=None)
@@ -169,7 +174,7 @@ def mix(
             N=n,
             NP=padded(n, 2),
             M=num_logits,
-            MP=padded(num_logits, 16),
+            MP=logit_rows(num_logits, streams.dtype),
             PARTS=parts_of(streams.dtype),
             PROJECTION=options.projection,
             ITERATIONS=options.iterations,
@@ -237,7 +242,7 @@ def mix_backward(
         HAS_GRAD_PACKED=grad_packed is not None,
         BT=tile.tokens,
         BC=tile.channels,
-        VECTOR=vector_of(new_streams.dtype),
+        VECTOR=vector_of(new_streams.dtype, tile),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
@@ -271,6 +276,7 @@ def streams_backward(
     *,
     single_pass: bool,
     tile: Tile,
+    terms: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of streams, branch and the mappings that wrote; the last two with a branch."""
     num_tokens, n, channels = Shape.of(streams)
@@ -300,7 +306,7 @@ def streams_backward(
         N=n,
         M=num_logits,
         MP=padded(num_logits, 16),
-        TERMS=3 if parts_of(dtype) == 2 else 1,
+        TERMS=terms if parts_of(dtype) == 2 else 1,
         PRECISION=precision_of(dtype),
         HAS_GRAD_Y=grad_streams is not None,
         HAS_PRE=read is not None,
@@ -309,7 +315,7 @@ def streams_backward(
         SINGLE_PASS=single_pass,
         BT=tile.tokens,
         BC=tile.channels,
-        VECTOR=vector_of(dtype),
+        VECTOR=vector_of(dtype, tile),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
@@ -341,7 +347,7 @@ def parameter_backward(
         num_tokens,
         K=width,
         M=num_logits,
-        MP=padded(num_logits, 16),
+        MP=logit_rows(num_logits, new_streams.dtype),
         PARTS=parts_of(new_streams.dtype),
         PRECISION=precision_of(new_streams.dtype),
         SPLIT=tiles.weight_split,

@@ -222,7 +222,7 @@ def mix_bwd(
     their products with the raw logits. ``history``: scratch of ``sinkhorn_fwd``.
     """
     T = tl.cast(T, tl.int64)
-    tokens, live = token_rows(T, BT)
+    first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
     index = tl.arange(0, NP)
     if HAS_GRAD_PACKED:
@@ -235,10 +235,13 @@ def mix_bwd(
         sums = ()
         for _ in tl.static_range(N):
             sums = sums + (tl.zeros([BT, BC // VECTOR], tl.float32),)
+        rows = tl.arange(0, BT)[:, None]
+        y_ptr += first * K
+        grad_u_ptr += first * C
         for c in tl.range(0, C, BC, num_stages=STAGES):
             mask = channel_mask(live, c, C, BC)
-            y = load_streams(y_ptr + tokens[:, None] * K, c, mask, N, C, BC)
-            u_pointers = grad_u_ptr + tokens[:, None] * C + (c + tl.arange(0, BC))[None, :]
+            y = load_streams(y_ptr + rows * K, c, mask, N, C, BC)
+            u_pointers = grad_u_ptr + rows * C + (c + tl.arange(0, BC))[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
             # u = sum_i H_pre[i] x[i]: grad_pre[i] = sum_c grad_u x[i]
             added = ()

@@ -139,10 +139,12 @@ def sinkhorn_bwd(
     if V4:
         # res = logits.softmax(dim=-2) + eps; res = res / (res.sum(dim=-1) + eps)
         grad = grad / divisor[:, :, None]
-        return columns * (grad - tl.sum(grad * columns, axis=1)[:, None, :])
-    # res = logits.log_softmax(dim=-2).softmax(dim=-1)
-    grad = grad * res
-    return grad - columns * tl.sum(grad, axis=1)[:, None, :]
+        grad = columns * (grad - tl.sum(grad * columns, axis=1)[:, None, :])
+    else:
+        # res = logits.log_softmax(dim=-2).softmax(dim=-1)
+        grad = grad * res
+        grad = grad - columns * tl.sum(grad, axis=1)[:, None, :]
+    return grad
 
 
 @triton.jit

@@ -104,16 +104,24 @@ def streams_bwd(
     SINGLE_PASS took H_pre from ``packed``; its gradient goes there.
     """
     T = tl.cast(T, tl.int64)
-    tokens, live = token_rows(T, BT)
+    first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
-    rows = tokens[:, None] * K
+    rows = tl.arange(0, BT)[:, None] * K
+    branch_rows = tl.arange(0, BT)[:, None] * C
     columns = tl.arange(0, BC)
+    x_ptr += first * K
+    grad_x_ptr += first * K
+    if HAS_GRAD_Y:
+        grad_y_ptr += first * K
     if HAS_POST:
+        branch_ptr += first * C
+        grad_branch_ptr += first * C
         post = load_coefficients(packed_ptr, N, tokens, live, T, N)
         res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
         post_sums = zero_sums(N, BT, BC // VECTOR)
         res_sums = zero_sums(N * N, BT, BC // VECTOR)
     if HAS_PRE:
+        grad_u_ptr += first * C
         read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
         read = load_coefficients(read_ptr, 0, tokens, live, T, N)
         radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
@@ -129,14 +137,13 @@ def streams_bwd(
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         x = load_streams(x_ptr + rows, c, mask, N, C, BC)
-        if HAS_GRAD_Y:
-            grad_y = load_streams(grad_y_ptr + rows, c, mask, N, C, BC)
         if HAS_POST:
-            branch_rows = branch_ptr + tokens[:, None] * C
-            branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+            branch = load_branch(
+                branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
+            )
             grad_branch = tl.zeros([BT, BC], tl.float32)
         if HAS_PRE:
-            u_pointers = grad_u_ptr + tokens[:, None] * C + (c + columns)[None, :]
+            u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
         grad_x = ()
         if HAS_POST:
@@ -148,7 +155,8 @@ def streams_bwd(
         for o in tl.static_range(N):
             grad = tl.zeros([BT, BC], tl.float32)
             if HAS_GRAD_Y:
-                grad = grad_y[o]
+                grad_y_pointers = grad_y_ptr + rows + (o * C + c + columns)[None, :]
+                grad = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
             if HAS_PRE:
                 y = x[o]
                 if HAS_POST:
@@ -192,7 +200,7 @@ def streams_bwd(
         if HAS_POST:
             post_sums = next_post_sums
             res_sums = next_res_sums
-            pointers = grad_branch_ptr + tokens[:, None] * C + (c + columns)[None, :]
+            pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
             tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
         if SINGLE_PASS:
             read_sums = next_read_sums

@@ -10,17 +10,23 @@ import triton.language as tl
 
 @triton.jit
 def token_rows(T, BT: tl.constexpr):
-    """int64 indices of the program's tokens, and which of them exist."""
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    return tokens, tokens < T
+    """The program's first token, int64; indices of its tokens; which of them exist.
+
+    The first goes into a scalar pointer, so that offsets within a tile are 32-bit and shared.
+    """
+    first = tl.program_id(0).to(tl.int64) * BT
+    tokens = first + tl.arange(0, BT)
+    return first, tokens, tokens < T
 
 
 @triton.jit
 def channel_mask(live, c, C: tl.constexpr, BC: tl.constexpr):
     """[BT, BC]; without a tail only the tokens can be missing."""
     if C % BC == 0:
-        return live[:, None]
-    return live[:, None] & (c + tl.arange(0, BC) < C)[None, :]
+        mask = live[:, None]
+    else:
+        mask = live[:, None] & (c + tl.arange(0, BC) < C)[None, :]
+    return mask
 
 
 @triton.jit
@@ -69,8 +75,10 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr):
     which changes no product.
     """
     if PRECISION == "interpreter":
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator)
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+        product = tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator)
+    else:
+        product = tl.dot(left, right, accumulator, input_precision=PRECISION)
+    return product
 
 
 @triton.jit

@@ -28,7 +28,11 @@ class Tiles:
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
         streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
-        weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's.
+        weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
+            make 320 programs of 4096 tokens and 4 x 2560 channels.
+        product_terms: of bfloat16 streams, products of the two parts in ``grad_projected @ phi``:
+            high by high (1), low by high (2), high by low (3). Two leave phi's rounding to 8 bits,
+            which the rounding of the result to bfloat16 hides.
     """
 
     mix: Tile
@@ -36,7 +40,8 @@ class Tiles:
     mix_backward: Tile
     streams_backward: Tile
     weight_backward: Tile
-    weight_split: int
+    weight_split: int = 1024
+    product_terms: int = 2
 
 
 def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
@@ -47,14 +52,28 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         channels: C.
         dtype: the streams'.
     """
-    # A float32 tile holds twice the bytes; eight streams hold twice those of four.
-    narrow = 2 if dtype == torch.float32 or num_streams > 4 else 1
+    if num_streams > 4:
+        # phi has M = 80 rows: more tokens per tile, or reading it costs more than the streams.
+        return Tiles(
+            mix=Tile(tokens=32, channels=32, num_warps=8, num_stages=1),
+            post=Tile(tokens=16, channels=64, num_stages=1),
+            mix_backward=Tile(tokens=16, channels=64),
+            streams_backward=Tile(tokens=16, channels=32, num_stages=1),
+            weight_backward=Tile(tokens=32, channels=64),
+        )
+    if dtype != torch.bfloat16:
+        # float32 products of the parts need more registers and shared memory.
+        return Tiles(
+            mix=Tile(tokens=16, channels=32),
+            post=Tile(tokens=16, channels=64, num_stages=1),
+            mix_backward=Tile(tokens=16, channels=64),
+            streams_backward=Tile(tokens=16, channels=32, num_stages=2),
+            weight_backward=Tile(tokens=32, channels=64),
+        )
     return Tiles(
-        mix=Tile(tokens=32 // narrow, channels=64 // narrow),
-        post=Tile(tokens=16, channels=128 // narrow, num_stages=1),
-        mix_backward=Tile(tokens=16, channels=128 // narrow),
-        streams_backward=Tile(tokens=16, channels=64 // narrow, num_stages=2),
-        weight_backward=Tile(tokens=64 // narrow, channels=128 // narrow),
-        # 320 programs at 4096 tokens of 4 x 2560 channels, on 132 multiprocessors.
-        weight_split=1024,
+        mix=Tile(tokens=32, channels=64),
+        post=Tile(tokens=16, channels=128, num_stages=1),
+        mix_backward=Tile(tokens=16, channels=128),
+        streams_backward=Tile(tokens=16, channels=64, num_stages=2),
+        weight_backward=Tile(tokens=64, channels=128),
     )
