@@ -172,4 +172,3 @@ def sigmoid_bwd(grad, logit, scale):
 def column(matrix, index, NP: tl.constexpr):
     """Column ``index`` of [BT, NP], as [BT]."""
     return tl.sum(tl.where(tl.arange(0, NP)[None, :] == index, matrix, 0.0), axis=1)
-

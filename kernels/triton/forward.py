@@ -114,7 +114,9 @@ def mix_fwd(
                 mask=(m < M)[:, None] & (channels < C)[None, :],
                 other=0.0,
             )
-            projected = dot(weight, tl.trans(y.to(weight_ptr.dtype.element_ty)), projected, PRECISION)
+            projected = dot(
+                weight, tl.trans(y.to(weight_ptr.dtype.element_ty)), projected, PRECISION
+            )
             if SINGLE_PASS:
                 u += read[o][:, None] * wide
         if SINGLE_PASS:

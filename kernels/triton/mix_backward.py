@@ -22,7 +22,9 @@ from mhc_megatron.kernels.triton.tile_math import channel_mask, lane_sums, load_
 
 
 @triton.jit
-def store_projected(projected_ptr, grad, row, tokens, mask, T, M: tl.constexpr, PARTS: tl.constexpr):
+def store_projected(
+    projected_ptr, grad, row, tokens, mask, T, M: tl.constexpr, PARTS: tl.constexpr
+):
     """Rows of the gradient of ``vec(x) phi``; in two bfloat16 parts, as ``split_weight``."""
     pointers = projected_ptr + row * T + tokens
     high = grad.to(projected_ptr.dtype.element_ty)
@@ -93,9 +95,7 @@ def matrix_bwd(
     alpha = tl.load(alpha_ptr)
     if PROJECTION != "unconstrained":
         V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-        logits = pad_logits(
-            gate(raw, alpha, load_bias_matrix(bias_ptr, N, NP), PROJECTION), N, NP
-        )
+        logits = pad_logits(gate(raw, alpha, load_bias_matrix(bias_ptr, N, NP), PROJECTION), N, NP)
         grad = sinkhorn_bwd(logits, grad, eps, history_ptr, tokens, T, N, NP, ITERATIONS, V4)
     grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
     o, i = stream_index(NP)

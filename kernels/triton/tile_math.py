@@ -49,7 +49,9 @@ def load_streams(row_ptrs, c, mask, N: tl.constexpr, C: tl.constexpr, BC: tl.con
 
 
 @triton.jit
-def load_branch(row_ptrs, bias_ptr, c, mask, HAS_BIAS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+def load_branch(
+    row_ptrs, bias_ptr, c, mask, HAS_BIAS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr
+):
     """The branch's output with its bias, [BT, BC] in float32."""
     columns = c + tl.arange(0, BC)
     branch = tl.load(row_ptrs + columns[None, :], mask=mask, other=0.0).to(tl.float32)
