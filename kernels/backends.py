@@ -60,9 +60,9 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
     n, channels = streams.shape[-2:]
     if n not in KERNEL_STREAMS:
         return f"num_streams={n} is not one of {', '.join(map(str, KERNEL_STREAMS))}"
-    if options is not None and options.projection == "permutation":
-        if n > KERNEL_PERMUTATION_STREAMS:
-            return f"projection='permutation' needs num_streams <= {KERNEL_PERMUTATION_STREAMS}"
+    permutes = options is not None and options.projection == "permutation"
+    if permutes and n > KERNEL_PERMUTATION_STREAMS:
+        return f"projection='permutation' needs num_streams <= {KERNEL_PERMUTATION_STREAMS}"
     if streams.dtype not in KERNEL_DTYPES:
         return f"streams are {streams.dtype}, not bfloat16, float16 or float32"
     if channels == 0 or channels % KERNEL_CHANNEL_MULTIPLE:

@@ -1,4 +1,4 @@
-"""What a hyper-connection's coefficients are computed with, for functions that take many of them."""
+"""The constants of a hyper-connection's coefficients, for functions that take all of them."""
 
 from dataclasses import dataclass
 from math import factorial

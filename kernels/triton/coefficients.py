@@ -1,6 +1,7 @@
 """Device functions: raw logits to the mappings of a tile of tokens, and their backward.
 
-T and ``tokens`` are int64. All loads of one row of ``raw`` or ``packed`` are by token, [BT], [BT, NP] or [BT, NP, NP].
+T and ``tokens`` are int64; rows of ``raw`` and ``packed`` are loaded as [BT], [BT, NP] or
+[BT, NP, NP].
 """
 
 import triton

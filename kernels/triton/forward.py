@@ -1,4 +1,4 @@
-"""Forward kernels: the next streams, the branch's input and the mappings, in one pass over tokens."""
+"""Forward kernels: the next streams, the branch's input and the mappings, in one pass."""
 
 import triton
 import triton.language as tl

@@ -3,7 +3,7 @@
 Tensors are contiguous; of streams [..., n, C] and branch [..., C] only the sizes matter here.
 """
 
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def logit_rows(num_logits: int, dtype: torch.dtype) -> int:
     return padded(num_logits, 32 if parts_of(dtype) == 2 else 16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def permutation_matrices(num_streams: int, device: torch.device) -> Tensor:
     """[n!, n, n] float32: ``P_k[o, order_k[o]] = 1``, in the order of ``permutation``."""
     orders = torch.tensor(list(permutations(range(num_streams))))
@@ -326,7 +326,7 @@ def parameter_backward(
     new_streams: Tensor, projected: Tensor, partial: Tensor, parameters: Parameters, *, tiles: Tiles
 ) -> ParameterGradients:
     """phi's gradient from all tokens, and the sums of the partials."""
-    num_tokens, n, channels = Shape.of(new_streams)
+    num_tokens, n, _ = Shape.of(new_streams)
     num_logits, width = parameters.weight.shape
     tile = tiles.weight_backward
     splits = triton.cdiv(num_tokens, tiles.weight_split)

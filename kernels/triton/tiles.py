@@ -1,4 +1,4 @@
-"""Tile sizes: one frozen table, by number of streams, channels and dtype, that callers can override.
+"""Tile sizes: one table by number of streams and dtype, which callers can override.
 
 The choices decide speed, and through the order of sums the last bits, but no other property.
 """

@@ -71,7 +71,7 @@ def reduce_partials(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program 0: bias [M] and alpha [3] from [programs, 2 M]; the others: phi, BLOCK numbers each."""
+    """Program 0: bias [M] and alpha [3] from [programs, 2 M]; the others: BLOCK numbers of phi."""
     if tl.program_id(0) == 0:
         lanes = tl.arange(0, LANES)
         total = tl.zeros([ROWS, LANES], tl.float32)

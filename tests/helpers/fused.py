@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mhc_megatron.kernels import Mappings, MappingOptions, compositions, functional
+from mhc_megatron.kernels import MappingOptions, Mappings, compositions, functional
 
+_OPTIONS = MappingOptions(iterations=3, eps=1e-3, rms_eps=1e-2)
 OPERATIONS = ("pre", "post", "post_pre", "single_pass")
 
 
@@ -23,7 +24,7 @@ class Case:
     n: int = 4
     channels: int = 40
     dtype: torch.dtype = torch.float32
-    options: MappingOptions = MappingOptions(iterations=3, eps=1e-3, rms_eps=1e-2)
+    options: MappingOptions = _OPTIONS
     branch_bias: bool = False
 
     def with_projection(self, projection: str) -> "Case":
