@@ -1,6 +1,7 @@
 """The operations of hyper-connections on [..., n, C] streams; docs/math.md states each of them."""
 
 from mhc_megatron.kernels.backends import BackendChoice, choose_backend
+from mhc_megatron.kernels.compositions import Gates
 from mhc_megatron.kernels.functional import post, post_pre, pre, single_pass
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.packed import PackedMappings
@@ -26,6 +27,7 @@ from mhc_megatron.kernels.reference import (
 __all__ = [
     "RESIDUAL_PROJECTIONS",
     "BackendChoice",
+    "Gates",
     "MappingOptions",
     "Mappings",
     "PackedMappings",
