@@ -46,9 +46,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple) -> object:
         def record(*args: object, **kwargs: object) -> None:
-            options = {
-                key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs
-            }
+            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
             values = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
             assert set(values) == set(self.kernel.arg_names), self.name
             self.launches.append((values, options))
