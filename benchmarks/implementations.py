@@ -59,11 +59,13 @@ class Implementation:
         )
 
 
-def random_operands(tokens: int, n: int, channels: int, dtype: torch.dtype, seed: int) -> Operands:
-    generator = torch.Generator("cuda").manual_seed(seed)
+def random_operands(
+    tokens: int, n: int, channels: int, dtype: torch.dtype, seed: int, *, device: str = "cuda"
+) -> Operands:
+    generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").to(of)
+        return torch.randn(*shape, generator=generator, device=device).to(of)
 
     num_logits, width = n * (n + 2), n * channels
     res = randn(tokens, n, n).softmax(-1).flatten(1)
