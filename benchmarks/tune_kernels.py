@@ -48,11 +48,11 @@ CANDIDATES = {
 def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], object]]:
     """One launch of ``kernel`` per copy of the operands, as ``post_pre`` makes it."""
     made = []
+    mix = {"options": options(), "single_pass": False}
     for one in data:
         parameters = launch.Parameters(one.weight, *one.alphas.split(1), one.bias)
         post = (one.streams, one.branch, None, one.packed)
         default = default_tiles(*one.streams.shape[1:], one.streams.dtype)
-        mix = {"options": options(), "single_pass": False}
         if kernel == "post":
             made.append(lambda post=post: launch.post(*post, tile=tiles.post))
             continue
@@ -97,7 +97,11 @@ def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
     for kernel in kernels:
         for tile in CANDIDATES[kernel]:
             # Fewer products are faster and less exact: shown for the table's tile, never chosen.
-            terms = (2, 3) if tile == base.streams_backward else (base.product_terms,)
+            terms = (
+                (2, 3)
+                if kernel == "streams_backward" and tile == base.streams_backward
+                else (base.product_terms,)
+            )
             splits = (1024, 2048) if kernel == "weight_backward" else (base.weight_split,)
             for term, split in itertools.product(terms, splits):
                 tiles = replace(base, product_terms=term, weight_split=split, **{kernel: tile})
