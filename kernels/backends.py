@@ -1,7 +1,7 @@
 """Which implementation runs, and why the Triton kernels cannot where they cannot."""
 
-import functools
 import importlib.util
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,12 +89,12 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
     return None
 
 
-# Asked in every call of every sublayer, and always answered alike.
-@functools.cache
+# Both are asked for at every call, between launches that take microseconds.
+@lru_cache(maxsize=None)
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
+@lru_cache(maxsize=None)
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)

@@ -93,7 +93,7 @@ def reduce_partials(
     else:
         offsets = (tl.program_id(0) - 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < SIZE
-        total = tl.zeros([BLOCK], tl.float32)
+        grad = tl.zeros([BLOCK], tl.float32)
         for split in tl.static_range(SPLITS):
-            total += tl.load(weight_partial_ptr + split * SIZE + offsets, mask=mask, other=0.0)
-        tl.store(grad_weight_ptr + offsets, total, mask=mask)
+            grad += tl.load(weight_partial_ptr + split * SIZE + offsets, mask=mask, other=0.0)
+        tl.store(grad_weight_ptr + offsets, grad, mask=mask)

@@ -1,4 +1,4 @@
-"""The kernels compile for a GPU that is not there: the interpreter accepts more than that."""
+"""The kernels compile for a GPU that is not there: the interpreter accepts more."""
 
 import os
 import subprocess
