@@ -1,6 +1,7 @@
 """Which implementation runs, and why the Triton kernels cannot where they cannot."""
 
 import importlib.util
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
         return f"channels={channels} is not a multiple of {KERNEL_CHANNEL_MULTIPLE}"
     if not streams.is_contiguous():
         return "streams are not contiguous"
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed"
     if not streams.is_cuda:
         # Imports triton, which a program without a GPU need not have.
@@ -83,6 +84,17 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
             f"streams are on {streams.device} while the current device is "
             f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
-    if torch.cuda.get_device_capability(streams.device) < (8, 0):
+    if _capability(streams.device.index) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+# Both are asked for at every call, between launches that take microseconds.
+@lru_cache(maxsize=None)
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=None)
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
