@@ -4,6 +4,7 @@ The choices decide speed, and through the order of sums the last bits, but no ot
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -44,6 +45,7 @@ class Tiles:
     product_terms: int = 3
 
 
+@lru_cache(maxsize=None)
 def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
     """The table.
 
