@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --results benchmarks/results/h100
     python benchmarks/kernels.py --shapes 4096,2560,4 --impl post_pre pre+post
+    python benchmarks/kernels.py --shapes 4096,2560,4 --impl post_pre --tiles tuned.json
 
 Checks each against float64, then times forward, backward and both, by CUDA-graph replay and by
 eager launch. Prints a table and appends one line per figure to ``<results>/kernels.jsonl``.
@@ -30,6 +31,7 @@ from timing import Times, backward_times, copy_bandwidth, eager_times, graph_tim
 from torch import Tensor
 
 from mhc_megatron.kernels import PackedMappings, compositions
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
 SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
 # Copies of the operands that a graph goes through, so that no input is left in the L2 cache.
@@ -37,13 +39,31 @@ COPIES = 3
 CHECKED_TOKENS = 300
 
 Build = Callable[[Operands], Implementation]
-OURS: dict[str, Build] = {
-    "post_pre": lambda data: boundary(data, "post_pre", "triton"),
-    "single_pass": lambda data: boundary(data, "single_pass", "triton"),
-    "pre+post": lambda data: pair(data, "triton"),
-    "reference": lambda data: pair(data, "reference"),
-    "torch.compile": compiled_pair,
-}
+OURS = ("post_pre", "single_pass", "pre+post", "reference", "torch.compile")
+
+
+def builds_with(tiles: Tiles | None) -> dict[str, Build]:
+    """Everything that can be measured; ``tiles`` is for the kernels of ``post_pre``."""
+    return {
+        "post_pre": lambda data: boundary(data, "post_pre", "triton", tiles=tiles),
+        "single_pass": lambda data: boundary(data, "single_pass", "triton", tiles=tiles),
+        "pre+post": lambda data: pair(data, "triton"),
+        "reference": lambda data: pair(data, "reference"),
+        "torch.compile": compiled_pair,
+        **PEERS,
+    }
+
+
+def tiles_of(path: Path | None) -> dict[int, Tiles]:
+    """By number of streams, what tune_kernels.py wrote; none for None."""
+    if path is None:
+        return {}
+    found = json.loads(path.read_text())
+    tiles = {
+        name: Tile(**value) if isinstance(value, dict) else value
+        for name, value in found["tiles"].items()
+    }
+    return {found["num_streams"]: Tiles(**tiles)}
 
 
 def floor_elements(n: int, *, fused: bool) -> tuple[int, int]:
@@ -137,10 +157,14 @@ def measure(build: Build, data: list[Operands]) -> Iterator[tuple[str, str, Time
 
 
 def run_shape(
-    shape: tuple[int, int, int], names: list[str], bandwidth: float, source: dict[str, Any]
+    shape: tuple[int, int, int],
+    names: list[str],
+    bandwidth: float,
+    tiles: Tiles | None,
+    source: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     tokens, channels, n = shape
-    builds = {**OURS, **PEERS}
+    builds = builds_with(tiles)
     dtype = torch.bfloat16
     data = [random_operands(tokens, n, channels, dtype, seed) for seed in range(COPIES)]
     small = random_operands(min(CHECKED_TOKENS, tokens), n, channels, dtype, 99)
@@ -166,6 +190,7 @@ def run_shape(
                     "launch": launch,
                     "error": errors,
                     "deterministic": deterministic,
+                    **({} if tiles is None else {"tiles": str(tiles)}),
                     **source,
                 }
         except Exception as error:  # a peer that cannot run a shape must not end the others' run
@@ -201,18 +226,20 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), help="T,C,n")
     parser.add_argument("--impl", nargs="+", choices=[*OURS, *PEERS], help="default: all installed")
     parser.add_argument("--results", type=Path, help="folder of kernels.jsonl")
+    parser.add_argument("--tiles", type=Path, help="from tune_kernels.py --write, for its n")
     parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: needs a GPU", file=sys.stderr)
         return 2
-    source = provenance(args.commit)
+    source, tiles = provenance(args.commit), tiles_of(args.tiles)
     names = args.impl or [*OURS, *filter(installed, PEERS)]
     bandwidth = copy_bandwidth()
     print(f"{source['gpu']}: copy {bandwidth / 1e12:.2f} TB/s read and written")
     for text in args.shapes:
         tokens, channels, n = map(int, text.split(","))
-        for line in run_shape((tokens, channels, n), names, bandwidth, source):
+        chosen = tiles.get(n)
+        for line in run_shape((tokens, channels, n), names, bandwidth, chosen, source):
             line["copy_tb_per_s"] = round(bandwidth / 1e12, 3)
             print_line(line)
             if args.results is not None:

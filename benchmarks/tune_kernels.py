@@ -9,10 +9,12 @@ to put into kernels/triton/tiles.py. Run ``tests/kernels`` after changing the ta
 
 import argparse
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from implementations import Operands, options, random_operands
@@ -37,7 +39,7 @@ def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
 
 
 CANDIDATES = {
-    "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32", "128", "8", "2"),
+    "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
     "post": grid("8 16", "128 256 512", "4 8", "1"),
     "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
@@ -121,7 +123,7 @@ def compile_share(share: str, kernels: list[str], data: Operands) -> None:
             print(f"{kernel}: {type(error).__name__}", file=sys.stderr)
 
 
-def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> None:
+def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> Tiles:
     tokens, channels, n = map(int, shape.split(","))
     command = [sys.executable, __file__, "--shapes", shape, "--kernels", *kernels, "--compile"]
     running = [subprocess.Popen([*command, f"{i}/{workers}"]) for i in range(workers)]
@@ -147,6 +149,7 @@ def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> None
             if kernel == "weight_backward":
                 best = replace(best, weight_split=chosen.weight_split)
     print(f"{shape} best: {best}", flush=True)
+    return best
 
 
 def main() -> int:
@@ -155,6 +158,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--write", type=Path, help="the best of the last shape, for kernels.py")
     parser.add_argument("--compile", metavar="I/N", help=argparse.SUPPRESS)
     args = parser.parse_args()
     for shape in args.shapes:
@@ -163,7 +167,11 @@ def main() -> int:
             data = random_operands(tokens, n, channels, torch.bfloat16, 0)
             compile_share(args.compile, args.kernels, data)
         else:
-            tune(shape, args.kernels, args.workers, args.repetitions)
+            best = tune(shape, args.kernels, args.workers, args.repetitions)
+            if args.write is not None:
+                num_streams = int(shape.split(",")[2])
+                found = {"num_streams": num_streams, "tiles": asdict(best)}
+                args.write.write_text(json.dumps(found, indent=2))
     return 0
 
 

@@ -216,6 +216,8 @@ def _say(rank: _Rank, text: str) -> None:
 def _start(module: str, args: Sequence[str], number: int, num_processes: int, port: int) -> _Rank:
     environment = {
         "OMP_NUM_THREADS": str(max(1, _num_cores() // num_processes)),
+        # Not the working directory's: a checkout there would hide the installed package.
+        "PYTHONSAFEPATH": "1",
         **os.environ,
         "RANK": str(number),
         "LOCAL_RANK": str(number),

@@ -7,23 +7,37 @@ from mhc_megatron.kernels.triton.coefficients import column, write_mappings
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
+    interleave,
     load_branch,
     load_coefficients,
     load_streams,
+    load_weight,
     post_mix_stream,
     token_rows,
 )
 
 
 @triton.jit
-def split_weight(weight_ptr, split_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def split_weight(
+    weight_ptr,
+    split_ptr,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """float32 phi as bfloat16 high and low parts, [2, SIZE]; their sum has 16 bits of mantissa.
 
     Products with bfloat16 streams are then exact in float32, where tf32 would round phi to 11 bits.
+    INTERLEAVED puts the n numbers of a channel side by side, as ``interleave`` does with streams.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
-    weight = tl.load(weight_ptr + offsets, mask=mask)
+    source = offsets
+    if INTERLEAVED:
+        source = offsets // (N * C) * (N * C) + offsets % N * C + offsets // N % C
+    weight = tl.load(weight_ptr + source, mask=mask)
     high = weight.to(tl.bfloat16)
     tl.store(split_ptr + offsets, high, mask=mask)
     tl.store(split_ptr + SIZE + offsets, (weight - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
@@ -60,6 +74,7 @@ def mix_fwd(
     HAS_POST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -67,7 +82,8 @@ def mix_fwd(
     """``post_pre`` of BT tokens; without HAS_POST ``pre``, whose y is x and is not written.
 
     SINGLE_PASS reads the new streams with the coefficients that ``packed`` holds, so that nothing
-    has to be read twice. ``weight`` is phi, [PARTS, M, K].
+    has to be read twice. ``weight`` is phi, [PARTS, M, K]; INTERLEAVED, a chunk of channels of all
+    streams is one product, which tensor cores start once instead of n times.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -99,6 +115,7 @@ def mix_fwd(
             )
         if SINGLE_PASS:
             u = tl.zeros([BT, BC], tl.float32)
+        ys = ()
         for o in tl.static_range(N):
             if HAS_POST:
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f, rounded to the streams' dtype
@@ -109,16 +126,18 @@ def mix_fwd(
             # vec(x) phi and mean(vec(x)^2)
             wide = y.to(tl.float32)
             squares += wide * wide
-            weight = tl.load(
-                weight_rows + (o * C + channels)[None, :],
-                mask=(m < M)[:, None] & (channels < C)[None, :],
-                other=0.0,
-            )
-            projected = dot(
-                weight, tl.trans(y.to(weight_ptr.dtype.element_ty)), projected, PRECISION
-            )
+            if INTERLEAVED:
+                ys = ys + (y,)
+            else:
+                weight = load_weight(weight_rows, o * C + channels, channels < C, m < M)
+                factor = tl.trans(y.to(weight_ptr.dtype.element_ty))
+                projected = dot(weight, factor, projected, PRECISION)
             if SINGLE_PASS:
                 u += read[o][:, None] * wide
+        if INTERLEAVED:
+            columns = c * N + tl.arange(0, N * BC)
+            weight = load_weight(weight_rows, columns, columns < K, m < M)
+            projected = dot(weight, tl.trans(interleave(ys, N, BT, BC)), projected, PRECISION)
         if SINGLE_PASS:
             u_pointers = u_ptr + branch_rows + channels[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)

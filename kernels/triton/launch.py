@@ -92,14 +92,30 @@ def matrices_of(options: MappingOptions, streams: Tensor) -> Tensor | None:
     return permutation_matrices(streams.shape[-2], streams.device)
 
 
-def factor_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def interleaves(shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether ``mix_fwd`` multiplies all streams of a chunk at once."""
+    return parts_of(dtype) == 2 and shape.num_streams in (1, 2, 4)
+
+
+def factor_weight(
+    weight: Tensor, shape: Shape, dtype: torch.dtype, *, interleaved: bool = False
+) -> Tensor:
     """phi as the products with streams of ``dtype`` take it: [PARTS, M, K]."""
     if parts_of(dtype) == 1:
         return weight
     split = torch.empty((2, *weight.shape), dtype=torch.bfloat16, device=weight.device)
     block = 1024
     grid = (triton.cdiv(weight.numel(), block),)
-    split_weight[grid](weight, split, SIZE=weight.numel(), BLOCK=block, num_warps=4)
+    split_weight[grid](
+        weight,
+        split,
+        SIZE=weight.numel(),
+        C=shape.channels,
+        N=shape.num_streams,
+        INTERLEAVED=interleaved,
+        BLOCK=block,
+        num_warps=4,
+    )
     return split
 
 
@@ -152,12 +168,13 @@ def mix(
     raw = torch.empty((num_logits + 1, num_tokens), dtype=torch.float32, device=device)
     new_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
     if num_tokens:
+        interleaved = interleaves(shape, streams.dtype)
         mix_fwd[(triton.cdiv(num_tokens, tile.tokens),)](
             streams,
             branch,
             branch_bias,
             packed,
-            factor_weight(parameters.weight, streams.dtype),
+            factor_weight(parameters.weight, shape, streams.dtype, interleaved=interleaved),
             parameters.alpha_pre,
             parameters.alpha_post,
             parameters.alpha_res,
@@ -182,6 +199,7 @@ def mix(
             HAS_POST=branch is not None,
             HAS_BIAS=branch_bias is not None,
             SINGLE_PASS=single_pass,
+            INTERLEAVED=interleaved,
             BT=tile.tokens,
             BC=tile.channels,
             STAGES=tile.num_stages,
@@ -279,7 +297,8 @@ def streams_backward(
     terms: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of streams, branch and the mappings that wrote; the last two with a branch."""
-    num_tokens, n, channels = Shape.of(streams)
+    shape = Shape.of(streams)
+    num_tokens, n, channels = shape
     dtype, device = streams.dtype, streams.device
     grad_x = torch.empty_like(streams)
     grad_branch = grad_packed = None
@@ -297,7 +316,7 @@ def streams_backward(
         None if read is None else read.packed,
         None if read is None else read.projected,
         None if read is None else read.radial,
-        None if read is None else factor_weight(read.weight, dtype),
+        None if read is None else factor_weight(read.weight, shape, dtype),
         grad_x,
         grad_branch,
         grad_packed,

@@ -70,6 +70,29 @@ def post_mix_stream(streams, branch, post, res, o: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
+def load_weight(row_ptrs, columns, column_mask, row_mask):
+    """[rows, columns] of phi."""
+    mask = row_mask[:, None] & column_mask[None, :]
+    return tl.load(row_ptrs + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def interleave(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """n [BT, BC] tiles as [BT, n * BC], the n numbers of a channel side by side; n is 1, 2 or 4."""
+    if N == 1:
+        joined = streams[0]
+    elif N == 2:
+        joined = tl.join(streams[0], streams[1])
+    else:
+        # The last join is the fastest index.
+        joined = tl.join(
+            tl.join(streams[0], streams[2]),
+            tl.join(streams[1], streams[3]),
+        )
+    return tl.reshape(joined, [BT, N * BC])
+
+
+@triton.jit
 def dot(left, right, accumulator, PRECISION: tl.constexpr):
     """``accumulator + left @ right``.
 
