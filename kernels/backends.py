@@ -1,7 +1,7 @@
 """Which implementation runs, and why the Triton kernels cannot where they cannot."""
 
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
         return "triton is not installed"
     if not streams.is_cuda:
         # Imports triton, which a program without a GPU need not have.
-        from mhc_megatron.kernels.triton.launch import INTERPRETED
+        from mhc_megatron.kernels.triton.arguments import INTERPRETED
 
         if streams.device.type == "cpu" and INTERPRETED:
             return None
@@ -90,11 +90,11 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
 
 
 # Both are asked for at every call, between launches that take microseconds.
-@lru_cache(maxsize=None)
+@cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)

@@ -4,7 +4,7 @@ The choices decide speed, and through the order of sums the last bits, but no ot
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -45,7 +45,7 @@ class Tiles:
     product_terms: int = 3
 
 
-@lru_cache(maxsize=None)
+@cache
 def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
     """The table.
 
