@@ -21,6 +21,7 @@ from implementations import Operands, options, random_operands
 from timing import graph_times
 
 from mhc_megatron.kernels.triton import launch
+from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 
 COPIES = 3
@@ -52,7 +53,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
     made = []
     mix = {"options": options(), "single_pass": False}
     for one in data:
-        parameters = launch.Parameters(one.weight, *one.alphas.split(1), one.bias)
+        parameters = Parameters(one.weight, *one.alphas.split(1), one.bias)
         post = (one.streams, one.branch, None, one.packed)
         default = default_tiles(*one.streams.shape[1:], one.streams.dtype)
         if kernel == "post":

@@ -74,7 +74,7 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
         return "triton is not installed"
     if not streams.is_cuda:
         # Imports triton, which a program without a GPU need not have.
-        from mhc_megatron.kernels.triton.launch import INTERPRETED
+        from mhc_megatron.kernels.triton.arguments import INTERPRETED
 
         if streams.device.type == "cpu" and INTERPRETED:
             return None

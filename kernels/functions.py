@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import launch
-from mhc_megatron.kernels.triton.launch import Parameters, ReadGradients
+from mhc_megatron.kernels.triton.arguments import Parameters
+from mhc_megatron.kernels.triton.launch import ReadGradients
 from mhc_megatron.kernels.triton.tiles import Tiles
 
 

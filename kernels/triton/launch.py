@@ -3,8 +3,6 @@
 Tensors are contiguous; of streams [..., n, C] and branch [..., C] only the sizes matter here.
 """
 
-from functools import cache
-from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -12,84 +10,22 @@ import triton
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.triton.arguments import (
+    ParameterGradients,
+    Parameters,
+    Shape,
+    logit_rows,
+    matrices_of,
+    padded,
+    parts_of,
+    precision_of,
+    vector_of,
+)
 from mhc_megatron.kernels.triton.forward import mix_fwd, post_fwd, split_weight
 from mhc_megatron.kernels.triton.mix_backward import mix_bwd
 from mhc_megatron.kernels.triton.streams_backward import streams_bwd
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 from mhc_megatron.kernels.triton.weight_backward import reduce_partials, weight_bwd
-
-# Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU.
-INTERPRETED = not isinstance(mix_fwd, triton.JITFunction)
-
-
-class Parameters(NamedTuple):
-    """Of one hyper-connection, all float32: weight [M, K], alphas [1], bias [M]."""
-
-    weight: Tensor
-    alpha_pre: Tensor
-    alpha_post: Tensor
-    alpha_res: Tensor | None
-    bias: Tensor
-
-
-class Shape(NamedTuple):
-    """Sizes that all kernels share."""
-
-    num_tokens: int
-    num_streams: int
-    channels: int
-
-    @classmethod
-    def of(cls, streams: Tensor) -> "Shape":
-        n, channels = streams.shape[-2:]
-        return cls(streams.numel() // (n * channels), n, channels)
-
-
-class ParameterGradients(NamedTuple):
-    """weight [M, K], alphas [3] and bias [M], float32."""
-
-    weight: Tensor
-    alphas: Tensor
-    bias: Tensor
-
-
-def parts_of(dtype: torch.dtype) -> int:
-    """How many bfloat16 parts stand for a float32 factor; 1 is the float32 itself."""
-    return 2 if dtype == torch.bfloat16 else 1
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How tensor cores multiply: float16 is exact in tf32, and three products restore phi."""
-    if INTERPRETED:
-        return "interpreter"
-    return {torch.bfloat16: "ieee", torch.float16: "tf32x3", torch.float32: "ieee"}[dtype]
-
-
-def vector_of(dtype: torch.dtype, tile: Tile) -> int:
-    """Neighbouring channels of a tile that one thread holds: what a 16-byte load brings."""
-    return min(16 // dtype.itemsize, tile.tokens * tile.channels // (32 * tile.num_warps))
-
-
-def padded(number: int, least: int) -> int:
-    return max(least, triton.next_power_of_2(number))
-
-
-def logit_rows(num_logits: int, dtype: torch.dtype) -> int:
-    """M padded so that all parts together fill the 64 rows of a Hopper tensor core's product."""
-    return padded(num_logits, 32 if parts_of(dtype) == 2 else 16)
-
-
-@cache
-def permutation_matrices(num_streams: int, device: torch.device) -> Tensor:
-    """[n!, n, n] float32: ``P_k[o, order_k[o]] = 1``, in the order of ``permutation``."""
-    orders = torch.tensor(list(permutations(range(num_streams))))
-    return torch.nn.functional.one_hot(orders, num_streams).float().contiguous().to(device)
-
-
-def matrices_of(options: MappingOptions, streams: Tensor) -> Tensor | None:
-    if options.projection != "permutation":
-        return None
-    return permutation_matrices(streams.shape[-2], streams.device)
 
 
 def interleaves(shape: Shape, dtype: torch.dtype) -> bool:

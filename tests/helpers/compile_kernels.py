@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import launch
+from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.tiles import default_tiles
 
 SHARED_MEMORY = 227 * 1024
@@ -102,7 +103,7 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     streams, branch = meta(tokens, n, channels, dtype=dtype), meta(tokens, channels, dtype=dtype)
     packed = meta(n * (n + 2), tokens)
     alpha_res = None if projection == "identity" else meta(1)
-    parameters = launch.Parameters(
+    parameters = Parameters(
         meta(num_logits, n * channels), meta(1), meta(1), alpha_res, meta(num_logits)
     )
     launch.post(streams, branch, None, packed, tile=tiles.post)

@@ -10,7 +10,7 @@ import torch
 from helpers.fused import Case, arguments, operands, run_kernels
 
 from mhc_megatron.kernels import MappingOptions, choose_backend, post_pre
-from mhc_megatron.kernels.triton.launch import INTERPRETED
+from mhc_megatron.kernels.triton.arguments import INTERPRETED
 
 
 def streams(n: int = 4, channels: int = 8, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -20,7 +20,7 @@ from helpers.fused import (
 from torch import Tensor
 
 from mhc_megatron.kernels import RESIDUAL_PROJECTIONS
-from mhc_megatron.kernels.triton.launch import INTERPRETED
+from mhc_megatron.kernels.triton.arguments import INTERPRETED
 
 STATES = ("streams", "u", "d_streams", "d_branch", "d_branch_bias")
 ON_GPU = torch.cuda.is_available()
