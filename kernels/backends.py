@@ -14,6 +14,7 @@ Backend = Literal["auto", "triton", "reference"]
 KERNEL_STREAMS = (1, 2, 3, 4, 8)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_PERMUTATION_STREAMS = 4
+KERNEL_CAPABILITY = (9, 0)
 # 16-byte loads of half-precision channels.
 KERNEL_CHANNEL_MULTIPLE = 8
 
@@ -84,8 +85,8 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
             f"streams are on {streams.device} while the current device is "
             f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
-    if _capability(streams.device.index) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if _capability(streams.device.index) < KERNEL_CAPABILITY:
+        return "the GPU is older than compute capability 9.0, whose shared memory the tiles need"
     return None
 
 
