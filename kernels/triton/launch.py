@@ -242,6 +242,7 @@ def streams_backward(
         grad_branch = torch.empty_like(branch)
         grad_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
     num_logits = 1 if read is None else read.weight.shape[-2]
+    interleaved = interleaves(shape, dtype)
     streams_bwd[(triton.cdiv(num_tokens, tile.tokens),)](
         grad_streams,
         None if read is None else read.u,
@@ -252,7 +253,7 @@ def streams_backward(
         None if read is None else read.packed,
         None if read is None else read.projected,
         None if read is None else read.radial,
-        None if read is None else factor_weight(read.weight, shape, dtype),
+        None if read is None else factor_weight(read.weight, shape, dtype, interleaved=interleaved),
         grad_x,
         grad_branch,
         grad_packed,
@@ -268,6 +269,7 @@ def streams_backward(
         HAS_POST=branch is not None,
         HAS_BIAS=branch_bias is not None,
         SINGLE_PASS=single_pass,
+        INTERLEAVED=interleaved,
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),

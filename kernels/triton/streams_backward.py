@@ -10,7 +10,9 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_branch,
     load_coefficients,
     load_streams,
+    load_weight,
     post_mix_stream,
+    separate,
     token_rows,
 )
 
@@ -30,24 +32,25 @@ def projected_product(
     high,
     low,
     weight_rows,
-    offset,
-    mask,
+    columns,
     M: tl.constexpr,
+    MP: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
-    BC: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``grad_projected @ phi`` on one tile of columns, from TERMS products of the parts."""
-    pointers = weight_rows + offset
-    product = tl.zeros([BT, BC], tl.float32)
-    weight = tl.load(pointers, mask=mask, other=0.0)
+    """``grad_projected @ phi`` on WIDTH columns below LAST, from TERMS products of the parts."""
+    present, live = tl.arange(0, MP) < M, columns < LAST
+    product = tl.zeros([BT, WIDTH], tl.float32)
+    weight = load_weight(weight_rows, columns, live, present)
     product = dot(high, weight, product, PRECISION)
     if TERMS >= 2:
         product = dot(low, weight, product, PRECISION)
     if TERMS == 3:
-        weight_low = tl.load(pointers + M * K, mask=mask, other=0.0)
+        weight_low = load_weight(weight_rows + M * K, columns, live, present)
         product = dot(high, weight_low, product, PRECISION)
     return product
 
@@ -93,6 +96,7 @@ def streams_bwd(
     HAS_POST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -101,7 +105,7 @@ def streams_bwd(
     """Of ``post_pre``; of ``post`` without HAS_PRE, of ``pre`` without HAS_POST (y is x).
 
     The new streams y are built again from x and the branch, rounded as in the forward pass.
-    SINGLE_PASS took H_pre from ``packed``; its gradient goes there.
+    SINGLE_PASS took H_pre from ``packed``; its gradient goes there. INTERLEAVED as in ``mix_fwd``.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -129,8 +133,7 @@ def streams_bwd(
         low = high
         if TERMS >= 2:
             low = load_projected(projected_ptr, 1, tokens, live, T, M, MP)
-        m = tl.arange(0, MP)[:, None]
-        weight_rows = weight_ptr + m * K + columns[None, :]
+        weight_rows = weight_ptr + tl.arange(0, MP)[:, None] * K
     if SINGLE_PASS:
         read_sums = zero_sums(N, BT, BC // VECTOR)
 
@@ -145,6 +148,22 @@ def streams_bwd(
         if HAS_PRE:
             u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+            if INTERLEAVED:
+                products = projected_product(
+                    high,
+                    low,
+                    weight_rows,
+                    c * N + tl.arange(0, N * BC),
+                    M,
+                    MP,
+                    K,
+                    BT,
+                    N * BC,
+                    K,
+                    TERMS,
+                    PRECISION,
+                )
+                products = separate(products, N, BT, BC)
         grad_x = ()
         if HAS_POST:
             grad_x = zero_sums(N, BT, BC)
@@ -165,19 +184,23 @@ def streams_bwd(
                     y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
                 grad += radial[:, None] * y + read[o][:, None] * grad_u
-                grad += projected_product(
-                    high,
-                    low,
-                    weight_rows,
-                    o * C + c,
-                    (m < M) & (c + columns < C)[None, :],
-                    M,
-                    K,
-                    BT,
-                    BC,
-                    TERMS,
-                    PRECISION,
-                )
+                if INTERLEAVED:
+                    grad += products[o]
+                else:
+                    grad += projected_product(
+                        high,
+                        low,
+                        weight_rows,
+                        o * C + c + columns,
+                        M,
+                        MP,
+                        K,
+                        BT,
+                        BC,
+                        (o + 1) * C,
+                        TERMS,
+                        PRECISION,
+                    )
                 if SINGLE_PASS:
                     read_sum = read_sums[o] + lane_sums(grad_u * y, BT, BC, VECTOR)
                     next_read_sums = next_read_sums + (read_sum,)

@@ -93,6 +93,21 @@ def interleave(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def separate(joined, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """The inverse of ``interleave``."""
+    if N == 1:
+        streams = (joined,)
+    elif N == 2:
+        streams = tl.split(tl.reshape(joined, [BT, BC, 2]))
+    else:
+        even, odd = tl.split(tl.reshape(joined, [BT, BC, 2, 2]))
+        zero, two = tl.split(even)
+        one, three = tl.split(odd)
+        streams = (zero, one, two, three)
+    return streams
+
+
+@triton.jit
 def dot(left, right, accumulator, PRECISION: tl.constexpr):
     """``accumulator + left @ right``.
 
