@@ -21,6 +21,18 @@ _LOGGER = logging.getLogger(__name__)
 Mix = kernels.Mappings | kernels.PackedMappings
 
 
+class MappingProjection(nn.Module):
+    """Phi of one hyper-connection: ``weight`` [M, n*C], float32. A call returns it."""
+
+    def __init__(self, *, num_logits: int, width: int) -> None:
+        super().__init__()
+        self.weight = float32_parameter(num_logits, width)
+
+    def forward(self) -> Tensor:
+        """[M, n*C]."""
+        return self.weight
+
+
 class HyperConnection(KeepFP32):
     """``x' = H_res x + H_post^T F(H_pre x)`` (mHC paper, Eq. 3) for a caller-supplied branch F.
 
@@ -41,8 +53,8 @@ class HyperConnection(KeepFP32):
         self.mhc = mhc
         self.num_streams = mhc.num_streams
         self.sublayer = sublayer
-        self.mapping_proj = nn.Linear(
-            mhc.num_streams * hidden_size, mhc.num_logits, bias=False, dtype=torch.float32
+        self.mapping_proj = MappingProjection(
+            num_logits=mhc.num_logits, width=mhc.num_streams * hidden_size
         )
         self.alpha_pre = float32_parameter(1)
         self.alpha_post = float32_parameter(1)
@@ -67,6 +79,15 @@ class HyperConnection(KeepFP32):
                 alpha.fill_(self.mhc.init_gate)
         self.bias.copy_(initial_bias(self.mhc, home_stream=self.sublayer % self.num_streams))
 
+    def forward(self) -> tuple[Tensor, kernels.Gates, Tensor]:
+        """Phi [M, n*C], the three gates [1] and the bias [M], for ``pre`` and ``post_pre``.
+
+        Parameters are read through calls of the modules that own them: Megatron's DDP waits in
+        their forward hooks for parameters that are still being gathered (overlap_param_gather).
+        """
+        gates = (self.alpha_pre, self.alpha_post, self.alpha_res)
+        return self.mapping_proj(), gates, self.bias
+
     def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """The branch's input and the coefficients that ``post`` needs.
 
@@ -81,9 +102,7 @@ class HyperConnection(KeepFP32):
         """
         x = self._unflatten(streams)
         self._announce(x)
-        branch_input, mix = kernels.pre(
-            x, *self._parameters_of_mappings(), options=self._options, backend=self.mhc.backend
-        )
+        branch_input, mix = kernels.pre(x, *self(), options=self._options, backend=self.mhc.backend)
         self._observe(mix)
         return branch_input, mix
 
@@ -128,7 +147,7 @@ class HyperConnection(KeepFP32):
             self._unflatten(streams),
             branch,
             mix,
-            *following._parameters_of_mappings(),
+            *following(),
             options=following._options,
             branch_bias=branch_bias,
             backend=self.mhc.backend,
@@ -138,10 +157,6 @@ class HyperConnection(KeepFP32):
 
     def _unflatten(self, streams: Tensor) -> Tensor:
         return streams.unflatten(-1, (self.num_streams, -1))
-
-    def _parameters_of_mappings(self) -> tuple[Tensor, kernels.Gates, Tensor]:
-        gates = (self.alpha_pre, self.alpha_post, self.alpha_res)
-        return self.mapping_proj.weight, gates, self.bias
 
     def _announce(self, x: Tensor) -> None:
         if self.mhc.backend == "auto" and not self._announced:
