@@ -202,13 +202,19 @@ def test_every_projection_under_tp_sp_and_pp(
     assert "decoder.final_layernorm.contraction.weight" in errors
 
 
+def small(config: TrainConfig) -> TrainConfig:
+    """Two layers and one micro-batch: the interpreter takes seconds for each sublayer."""
+    model = dataclasses.replace(config.model, num_layers=2, seq_length=8)
+    return dataclasses.replace(config, model=model, global_batch_size=1)
+
+
 def test_fused_kernels_equal_the_reference_under_tp_sp(workers: WorkerPool, tmp_path: Path) -> None:
     """Without a GPU the kernels run in Triton's interpreter."""
-    reference = MHCConfig(backend="reference", projection="sinkhorn_v4", num_streams=3)
-    oracle = Oracle(workers, run_config(DENSE, mhc=reference), tmp_path)
+    reference = MHCConfig(backend="reference", num_streams=3, sinkhorn_iterations=3)
+    oracle = Oracle(workers, small(run_config(DENSE, mhc=reference)), tmp_path)
     fused = dataclasses.replace(reference, backend="triton")
-    layout = {"tensor": 2, "sequence": True}
-    losses, errors = oracle.errors(workers, run_config(DENSE, layout, mhc=fused), tmp_path / "g")
+    config = small(run_config(DENSE, {"tensor": 2, "sequence": True}, mhc=fused))
+    losses, errors = oracle.errors(workers, config, tmp_path / "g")
     check(losses, errors, SUMMATION_ORDER, loss_tolerance=1e-6)
 
 
