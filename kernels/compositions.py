@@ -63,7 +63,10 @@ def post_pre(
 ) -> tuple[Tensor, Tensor, Mappings]:
     """``post`` of one sublayer, then ``pre`` of the next; see ``functional.post_pre``."""
     streams = post(streams, branch, mix, branch_bias=branch_bias)
-    return streams, *pre(streams, weight, alphas, bias, options=options)
+    # Read through an alias, the gradients of the streams are added as they are for post and pre
+    # apart: first the two of pre, then the one of the next post. The same bits either way.
+    read = streams.view_as(streams)
+    return streams, *pre(read, weight, alphas, bias, options=options)
 
 
 def single_pass(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.hyper_connection import HyperConnection
+from mhc_megatron.megatron.chain import ChainBuilder
 from mhc_megatron.megatron.norm import tag_sequence_parallel
 from mhc_megatron.megatron.unsupported import reject_unsupported
 from mhc_megatron.streams import expand_streams
@@ -39,6 +40,8 @@ class MHCTransformerLayer(TransformerLayer):
     Args:
         config, submodules: as for ``TransformerLayer``; remaining arguments are passed on.
         mhc: the hyper-connections' configuration.
+        chain: shared by the layers of the block; None for a layer by itself.
+        position: the layer's place in the block.
         expand_input: True for the model's first layer, whose input is the embedding [s, b, C].
 
     Raises:
@@ -51,6 +54,8 @@ class MHCTransformerLayer(TransformerLayer):
         submodules: TransformerLayerSubmodules,
         *args: Any,
         mhc: MHCConfig,
+        chain: ChainBuilder | None = None,
+        position: int = 0,
         expand_input: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -67,6 +72,9 @@ class MHCTransformerLayer(TransformerLayer):
         )
         tag_sequence_parallel(self.self_attention_hyper_connection, config)
         tag_sequence_parallel(self.mlp_hyper_connection, config)
+        self._chain = (chain or ChainBuilder()).join(self, position)
+        # A checkpointed layer returns its outputs alone.
+        self._hands_over = config.recompute_granularity != "full"
 
     def forward(
         self,
@@ -101,7 +109,7 @@ class MHCTransformerLayer(TransformerLayer):
             streams = expand_streams(hidden_states, self.mhc.num_streams)
 
         attention, mlp = self.self_attention_hyper_connection, self.mlp_hyper_connection
-        branch_input, mix = attention.pre(streams)
+        branch_input, mix = self._chain.take(hidden_states) or attention.pre(streams)
         output, bias = self.self_attention(
             _single(self.input_layernorm(branch_input), "input_layernorm"),
             attention_mask=attention_mask,
@@ -113,13 +121,24 @@ class MHCTransformerLayer(TransformerLayer):
             _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm"),
             padding_mask=padding_mask,
         )
-        streams = mlp.post(streams, output, mix, branch_bias=bias)
-
-        # Megatron frees a stage's output after sending it and refuses to free a view.
-        streams = make_viewless_tensor(
-            inp=streams, requires_grad=streams.requires_grad, keep_graph=True
+        following = self._chain.after(self) if self._hands_over else None
+        if following is None:
+            return _viewless(mlp.post(streams, output, mix, branch_bias=bias)), context
+        streams, branch_input, mix = mlp.post_pre(
+            streams,
+            output,
+            mix,
+            following.self_attention_hyper_connection,
+            branch_bias=bias,
         )
+        streams = _viewless(streams)
+        self._chain.hand_over(streams, branch_input, mix)
         return streams, context
+
+
+def _viewless(streams: Tensor) -> Tensor:
+    """Megatron frees a stage's output after sending it and refuses to free a view."""
+    return make_viewless_tensor(inp=streams, requires_grad=streams.requires_grad, keep_graph=True)
 
 
 def _single(normed: Tensor | tuple, name: str) -> Tensor:

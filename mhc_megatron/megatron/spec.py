@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.chain import ChainBuilder
 from mhc_megatron.megatron.compat import require_supported_core
 from mhc_megatron.megatron.layer import MHCTransformerLayer
 from mhc_megatron.megatron.local_attention import LocalMLACoreAttention
@@ -50,23 +51,32 @@ def with_hyper_connections(
             "a pipeline stage without decoder layers would pass [s, b, C] where its neighbours "
             "pass n streams; give every (virtual) stage at least one layer"
         )
+    chain = ChainBuilder()
     return dataclasses.replace(
         block,
         layer_specs=[
-            _with_hyper_connections(spec, mhc, expand_input=holds_first_layer and index == 0)
+            _with_hyper_connections(spec, mhc, chain, position=index, is_first=holds_first_layer)
             for index, spec in enumerate(block.layer_specs)
         ],
         layer_norm=contract_norm(block.layer_norm, mhc),
     )
 
 
-def _with_hyper_connections(spec: ModuleSpec, mhc: MHCConfig, *, expand_input: bool) -> ModuleSpec:
+def _with_hyper_connections(
+    spec: ModuleSpec, mhc: MHCConfig, chain: ChainBuilder, *, position: int, is_first: bool
+) -> ModuleSpec:
     if spec.module is not TransformerLayer:
         raise UserError(
             f"layer spec of {getattr(spec.module, '__name__', spec.module)} cannot take "
             "hyper-connections; start from a spec of megatron-core's TransformerLayer"
         )
-    params = {**spec.params, "mhc": mhc, "expand_input": expand_input}
+    params = {
+        **spec.params,
+        "mhc": mhc,
+        "chain": chain,
+        "position": position,
+        "expand_input": is_first and position == 0,
+    }
     return dataclasses.replace(spec, module=MHCTransformerLayer, params=params)
 
 
