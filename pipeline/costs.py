@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,13 @@ from mhc_megatron.pipeline.errors import ScheduleError
 Number = int | float
 
 
-def _not_negative(name: str, value: Number | None) -> None:
-    if value is not None and not (value >= 0 and math.isfinite(value)):
-        raise ScheduleError(f"{name}={value} must be 0 or more, and finite")
+# Sums over a step of millions of actions stay exact in 64 bits.
+_LARGEST = 10**12
+
+
+def _check(name: str, value: Number | None) -> None:
+    if value is not None and not 0 <= value <= _LARGEST:
+        raise ScheduleError(f"{name}={value} must be between 0 and {_LARGEST:.0e}; change the unit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,7 @@ class StageCosts:
         wgrad_bytes: of ``held_bytes``, what W needs and I does not free; None for all of it.
 
     Raises:
-        ScheduleError: a number is negative or not finite.
+        ScheduleError: a number is negative or above 1e12.
     """
 
     forward: Number = 1
@@ -49,7 +52,7 @@ class StageCosts:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _not_negative(field.name, getattr(self, field.name))
+            _check(field.name, getattr(self, field.name))
         if self.wgrad_bytes is not None and self.wgrad_bytes > self.held_bytes:
             raise ScheduleError(
                 f"wgrad_bytes={self.wgrad_bytes} is a part of held_bytes={self.held_bytes} "
@@ -81,7 +84,7 @@ class Costs:
         unit: name of the unit of time: ``us``, ``ms``, ``s``, or empty for none.
 
     Raises:
-        ScheduleError: a number is negative or not finite, or the bandwidth 0.
+        ScheduleError: a number is negative or above 1e12, or the bandwidth not above 0.
     """
 
     default: StageCosts = StageCosts()
@@ -92,11 +95,12 @@ class Costs:
     unit: str = ""
 
     def __post_init__(self) -> None:
-        _not_negative("latency", self.latency)
-        _not_negative("message_bytes", self.message_bytes)
-        _not_negative("bandwidth", self.bandwidth)
-        if self.bandwidth == 0:
-            raise ScheduleError("bandwidth=0 must be above 0; leave it out for no limit")
+        _check("latency", self.latency)
+        _check("message_bytes", self.message_bytes)
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ScheduleError(
+                f"bandwidth={self.bandwidth} must be above 0; leave it out for no limit"
+            )
         if self.unit not in ("", "us", "ms", "s"):
             raise ScheduleError(f"unit={self.unit!r} is not one of us, ms, s, or empty")
 

@@ -1,4 +1,7 @@
-"""A timeline as an SVG picture: one row per rank, idle time in grey. The same input, the same text."""
+"""A timeline as an SVG picture: one row per rank, idle time in grey.
+
+The same timeline gives the same text.
+"""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +35,8 @@ _INK, _SOFT, _IDLE, _GRID = "#222222", "#666666", "#ecece8", "#bbbbbb"
 _BOX_WIDTH = 19.0  # pixels of the shortest action, where there is room
 _WIDTHS = 640.0, 2400.0  # pixels of the whole timeline
 _ROW, _GAP, _TOP, _LEFT, _RIGHT, _BOTTOM = 24, 4, 62, 66, 62, 40
-_DIGIT, _DIGIT_HALF = 6.0, 4.9  # pixels of a digit at font sizes 10 and 8
+_FONT_SIZES = 10, 8
+_DIGIT = 0.61  # width of a digit in multiples of the font size
 _TICK_DISTANCE = 90.0  # pixels between ticks, at least
 _LEGEND_GAP = 26
 _LETTER = 6.0
@@ -115,9 +119,7 @@ def _scale(timeline: Timeline) -> float:
     return max(low, min(high, _BOX_WIDTH / shortest))
 
 
-def _row(
-    timeline: Timeline, rank: int, top: int, scale: float, shown: set[Kind]
-) -> Iterator[str]:
+def _row(timeline: Timeline, rank: int, top: int, scale: float, shown: set[Kind]) -> Iterator[str]:
     middle = top + _ROW / 2 + 3.5
     across = float(timeline.makespan * scale)
     waits = timeline.bubble[rank] / timeline.makespan if timeline.makespan else 0.0
@@ -128,9 +130,8 @@ def _row(
     for box in boxes_of(timeline, rank, scale):
         shown.update(box.kinds)
         yield from _draw(box, top, rank)
-    yield (
-        f'<text x="{_n(_LEFT + across + 8)}" y="{_n(middle)}" fill="{_SOFT}">{waits:.1%} idle</text>'
-    )
+    right = _n(_LEFT + across + 8)
+    yield f'<text x="{right}" y="{_n(middle)}" fill="{_SOFT}">{waits:.1%} idle</text>'
 
 
 def _draw(box: Box, top: int, rank: int) -> Iterator[str]:
@@ -155,15 +156,17 @@ def _draw(box: Box, top: int, rank: int) -> Iterator[str]:
 def _label(
     compute: Compute, kind: Kind, left: float, width: float, y: float, height: float
 ) -> Iterator[str]:
-    whole = height == _ROW
     text = str(compute.mb)
-    if len(text) * (_DIGIT if whole else _DIGIT_HALF) + 2 > width:
+    room = [size for size in _FONT_SIZES if len(text) * size * _DIGIT + 1 <= width]
+    if not room:
         return
-    size = "" if whole else ' font-size="8"'
+    size = room[0] if height == _ROW else _FONT_SIZES[-1]
+    attribute = f' font-size="{size}"' if size != _FONT_SIZES[0] else ""
     ink = "#ffffff" if kind.deep > 0.5 else _INK
+    baseline = y + height / 2 + 0.36 * size
     yield (
-        f'<text x="{_n(_LEFT + left + width / 2)}" y="{_n(y + height / 2 + (3.5 if whole else 3))}" '
-        f'text-anchor="middle"{size} fill="{ink}">{text}</text>'
+        f'<text x="{_n(_LEFT + left + width / 2)}" y="{_n(baseline)}" '
+        f'text-anchor="middle"{attribute} fill="{ink}">{text}</text>'
     )
 
 

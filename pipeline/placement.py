@@ -59,6 +59,4 @@ def vee(num_ranks: int) -> Placement:
 
 def mirrored(num_ranks: int, num_mb: int) -> Placement:
     """One stage per rank, and for the second half of the micro-batches the ranks in reverse."""
-    return Placement(
-        num_ranks=num_ranks, ranks=tuple(range(num_ranks)), mirrored_from=num_mb // 2
-    )
+    return Placement(num_ranks=num_ranks, ranks=tuple(range(num_ranks)), mirrored_from=num_mb // 2)

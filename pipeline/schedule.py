@@ -43,6 +43,4 @@ class Schedule:
     def with_rank(self, rank: int, actions: Iterable[Action]) -> "Schedule":
         """The same schedule with another order of one rank."""
         ranks = (*self.ranks[:rank], Row(actions), *self.ranks[rank + 1 :])
-        return Schedule(
-            name=self.name, placement=self.placement, num_mb=self.num_mb, ranks=ranks
-        )
+        return Schedule(name=self.name, placement=self.placement, num_mb=self.num_mb, ranks=ranks)
