@@ -43,7 +43,9 @@ def _bubble(name: str, num_ranks: int, forward: int, wgrad: int, backward: int, 
 )
 def test_bubbles_where_everything_takes_one(name: str, expected: tuple[int, ...]) -> None:
     for multiple in MULTIPLES:
-        timelines = [_timeline(name, p, multiple * p + multiple * p % 2, StageCosts()) for p in (4, 8, 16)]
+        timelines = [
+            _timeline(name, p, multiple * p + multiple * p % 2, StageCosts()) for p in (4, 8, 16)
+        ]
         timelines.insert(0, _timeline(name, 2, 2 * multiple, StageCosts()))
         assert tuple(t.makespan - max(t.busy) for t in timelines) == expected
         assert all(set(t.bubble) == {bubble} for t, bubble in zip(timelines, expected, strict=True))

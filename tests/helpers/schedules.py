@@ -108,5 +108,3 @@ def slow_ends(schedule: Schedule, costs: Costs) -> list[list[int]]:
         return begin + duration(rows[rank][index])
 
     return [[end(rank, index) for index in range(len(row))] for rank, row in enumerate(rows)]
-
-
