@@ -1,6 +1,6 @@
 """Which boxes a picture of a timeline has: one per action, or one for many that are too narrow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mhc_megatron.pipeline.actions import Action, Compute, Op, parts
@@ -24,6 +24,9 @@ class Kind:
     deep: float
 
 
+_SEVERAL = (Kind(None, 0.0),)
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """A box from ``left`` to ``right``, in pixels.
@@ -42,23 +45,37 @@ class Box:
 def boxes_of(timeline: Timeline, rank: int, pixels_per_unit: float) -> Iterator[Box]:
     """The boxes of one rank, from left to right. Actions that take no time have none."""
     stages = timeline.schedule.placement.stages_on(rank)
+    each = (
+        _box(timeline, stages, span, pixels_per_unit)
+        for span in timeline.spans(rank)
+        if span.end > span.start
+    )
+    # First what looks alike, so that a long run of forwards stays one; then what is still narrow.
+    runs = _join(each, lambda a, b: a.kinds == b.kinds and (_is_narrow(a) or _is_narrow(b)))
+    return _join(runs, lambda a, b: _is_small(a) and _is_small(b))
+
+
+def _join(boxes: Iterator[Box], together: Callable[[Box, Box], bool]) -> Iterator[Box]:
     joined: Box | None = None
-    for span in timeline.spans(rank):
-        if span.end == span.start:
-            continue
-        box = _box(timeline, stages, span, pixels_per_unit)
+    for box in boxes:
         if joined is None:
             joined = box
-        elif box.left - joined.right < _TOUCH and (
-            joined.right - joined.left < _NARROW or box.right - box.left < _NARROW
-        ):
-            kinds = joined.kinds if joined.kinds == box.kinds else (Kind(None, 0.0),)
+        elif box.left - joined.right < _TOUCH and together(joined, box):
+            kinds = joined.kinds if joined.kinds == box.kinds else _SEVERAL
             joined = Box(joined.left, box.right, kinds, None)
         else:
             yield joined
             joined = box
     if joined is not None:
         yield joined
+
+
+def _is_narrow(box: Box) -> bool:
+    return box.right - box.left < _NARROW
+
+
+def _is_small(box: Box) -> bool:
+    return _is_narrow(box) or box.kinds == _SEVERAL
 
 
 def _box(timeline: Timeline, stages: tuple[int, ...], span: Span, scale: float) -> Box:

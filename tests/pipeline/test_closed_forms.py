@@ -131,3 +131,24 @@ def test_peak_live_micro_batches(num_ranks: int, multiple: int) -> None:
     }
     for name, peaks in expected.items():
         assert _timeline(name, num_ranks, num_mb, StageCosts()).peak_live.tolist() == peaks
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+def test_interleaved_with_any_number_of_chunks(num_ranks: int, num_chunks: int) -> None:
+    for num_mb in (num_ranks, 4 * num_ranks):
+        timeline = simulate(
+            generate("interleaved", num_ranks=num_ranks, num_mb=num_mb, num_chunks=num_chunks)
+        )
+        assert timeline.bubble == [3 * (num_ranks - 1)] * num_ranks
+        fill = (num_chunks - 1) * num_ranks
+        ahead = [2 * (num_ranks - 1 - rank) + fill for rank in range(num_ranks)]
+        assert timeline.peak_live.tolist() == [min(n + 1, num_mb * num_chunks) for n in ahead]
+
+
+@pytest.mark.parametrize("num_mb", [1, 2, 3, 7])
+def test_fewer_micro_batches_than_ranks(num_mb: int) -> None:
+    for name in ("gpipe", "one_f_one_b"):
+        assert _timeline(name, 8, num_mb, StageCosts()).bubble == [21] * 8
+    # Without a micro-batch for every rank there are not enough weight gradients to fill the end.
+    assert max(_timeline("zb_h1", 8, num_mb, StageCosts()).bubble) == 7 + 8 - num_mb
