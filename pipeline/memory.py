@@ -1,5 +1,6 @@
 """Bytes of activations and messages with n residual streams."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from mhc_megatron.pipeline.errors import ScheduleError
@@ -43,10 +44,10 @@ class StageSize:
 
     def __post_init__(self) -> None:
         lowest = {"recompute_block": 0, "branch_width": 0}
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if value is not None and value < lowest.get(name, 1):
-                raise ScheduleError(f"{name}={value} must be at least {lowest.get(name, 1)}")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), lowest.get(field.name, 1)
+            if value is not None and value < least:
+                raise ScheduleError(f"{field.name}={value} must be at least {least}")
         if self.recompute_block is not None and self.recompute_block > self.num_sublayers:
             raise ScheduleError(
                 f"recompute_block={self.recompute_block} is above the {self.num_sublayers} "

@@ -17,7 +17,7 @@ PAGE = (DOCS / "pipeline.md").read_text()
 
 @pytest.mark.parametrize("name", ["one_f_one_b", "dualpipe_v"])
 def test_pictures(name: str) -> None:
-    """``mhc-megatron simulate --ranks 4 --micro-batches 10 --out DIR --schedule NAME`` renews one."""
+    """Renewed by ``mhc-megatron simulate --ranks 4 --micro-batches 10 --out DIR``."""
     svg = to_svg(simulate(generate(name, num_ranks=4, num_mb=10)))
     assert (DOCS / "timelines" / f"{name}.svg").read_text() == svg
     assert f"](timelines/{name}.svg)" in PAGE
