@@ -23,6 +23,8 @@ OTHER_CORE := .cache/other-core
 MAPPED := kernels pipeline launch
 # The tests whose outcome may depend on the version of megatron-core.
 CORE_TESTS := tests/data tests/megatron
+# Two tests at a time: each waits for processes of its own most of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 say = @printf '\n==> %s\n'
@@ -45,9 +47,9 @@ train: $(INSTALLED)
 
 test: lint typecheck $(OTHER_CORE)
 	$(say) 'All tests, with the installed megatron-core'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@$(PYTEST)
 	$(say) "The tests of $(CORE_TESTS) again, with $$(basename $$(cat $(OTHER_CORE)))"
-	@OMP_NUM_THREADS=1 PYTHONPATH=$$(cat $(OTHER_CORE)) $(BIN)/python -m pytest $(CORE_TESTS)
+	@PYTHONPATH=$$(cat $(OTHER_CORE)) $(PYTEST) $(CORE_TESTS)
 	$(say) 'All tests passed'
 
 lint: $(INSTALLED)

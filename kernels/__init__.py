@@ -1,5 +1,10 @@
 """The operations of hyper-connections on [..., n, C] streams; docs/math.md states each of them."""
 
+from mhc_megatron.kernels.backends import BackendChoice, choose_backend
+from mhc_megatron.kernels.compositions import Gates
+from mhc_megatron.kernels.functional import post, post_pre, pre, single_pass
+from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.packed import PackedMappings
 from mhc_megatron.kernels.projections import (
     RESIDUAL_PROJECTIONS,
     permutation,
@@ -21,17 +26,26 @@ from mhc_megatron.kernels.reference import (
 
 __all__ = [
     "RESIDUAL_PROJECTIONS",
+    "BackendChoice",
+    "Gates",
+    "MappingOptions",
     "Mappings",
+    "PackedMappings",
+    "choose_backend",
     "contract_learned",
     "contract_mean",
     "contract_sum",
     "expand",
     "mappings",
     "permutation",
+    "post",
     "post_mix",
+    "post_pre",
+    "pre",
     "pre_mix",
     "project",
     "residual_mapping",
+    "single_pass",
     "sinkhorn",
     "sinkhorn_v4",
 ]

@@ -25,10 +25,11 @@ _COSTS = {
     "megatron-core": "no training and no data; the layer itself works",
     "numpy": "nothing runs",
     "packaging": "nothing runs",
+    "psutil": "no checkpoints: megatron-core hangs when it saves one",
     "matplotlib": "no reports",
     "tensorboard": "no TensorBoard scalars",
     "tqdm": "no progress bar",
-    "triton": "no fused kernels",
+    "triton": "no fused kernels, and no megatron-core 0.19",
     "nvidia-ml-py": "the doctor cannot look at the GPUs",
     "transformer-engine": (
         "no transformer_impl=transformer_engine, no FP8, no context parallelism; with "

@@ -21,6 +21,7 @@ from mhc_megatron.launch.gpus import Gpus, read_gpus
 _DISTRIBUTIONS = (
     "numpy",
     "packaging",
+    "psutil",
     "matplotlib",
     "tensorboard",
     "tqdm",

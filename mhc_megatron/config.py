@@ -8,6 +8,7 @@ from mhc_megatron.errors import UserError
 
 Projection = Literal["sinkhorn", "sinkhorn_v4", "permutation", "identity", "unconstrained"]
 Contraction = Literal["mean", "sum", "learned"]
+Backend = Literal["auto", "triton", "reference"]
 
 # mHC-lite mixes all n! permutation matrices, so its projection grows with n!.
 MAX_PERMUTATION_STREAMS = 4
@@ -31,6 +32,8 @@ class MHCConfig:
             projection has one.
         contraction: how the streams become one before the final norm: ``mean``, ``sum``, or
             ``learned`` (DeepSeek-V4's sigmoid head).
+        backend: ``triton`` runs the fused kernels and raises where they cannot run, ``reference``
+            plain torch; ``auto`` takes the kernels where they can run and logs what it took.
 
     Raises:
         UserError: a value is out of range; the message names it.
@@ -43,18 +46,20 @@ class MHCConfig:
     rms_eps: float = 1e-6
     sinkhorn_eps: float = 1e-6
     contraction: Contraction = "mean"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if self.num_streams < 1:
             raise UserError(f"num_streams={self.num_streams} must be at least 1 (the paper uses 4)")
-        if self.projection not in get_args(Projection):
-            raise UserError(
-                f"projection={self.projection!r} is not one of {', '.join(get_args(Projection))}"
-            )
-        if self.contraction not in get_args(Contraction):
-            raise UserError(
-                f"contraction={self.contraction!r} is not one of {', '.join(get_args(Contraction))}"
-            )
+        for name, allowed in (
+            ("projection", get_args(Projection)),
+            ("contraction", get_args(Contraction)),
+            ("backend", get_args(Backend)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
         if self.sinkhorn_iterations < 1:
             raise UserError(
                 f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1 "

@@ -1,6 +1,8 @@
 """One hyper-connection around one residual branch, whoever the branch is."""
 
+import functools
 import itertools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,10 @@ from mhc_megatron.precision import KeepFP32, float32_parameter
 # Logits far enough apart that the mapping starts near its target, near enough to be learnt.
 _BIAS = 3.0
 _PERMUTATION_BIAS = -8.0
+
+_LOGGER = logging.getLogger(__name__)
+
+Mix = kernels.Mappings | kernels.PackedMappings
 
 
 class HyperConnection(KeepFP32):
@@ -42,6 +48,13 @@ class HyperConnection(KeepFP32):
         self.alpha_post = float32_parameter(1)
         self.alpha_res = float32_parameter(1) if mhc.num_res_logits else None
         self.bias = float32_parameter(mhc.num_logits)
+        self._options = kernels.MappingOptions(
+            projection=mhc.projection,
+            iterations=mhc.sinkhorn_iterations,
+            eps=mhc.sinkhorn_eps,
+            rms_eps=mhc.rms_eps,
+        )
+        self._announced = False
         self.observer: Callable[[Tensor], None] | None = None
         self.reset_parameters()
 
@@ -54,7 +67,7 @@ class HyperConnection(KeepFP32):
                 alpha.fill_(self.mhc.init_gate)
         self.bias.copy_(initial_bias(self.mhc, home_stream=self.sublayer % self.num_streams))
 
-    def pre(self, streams: Tensor) -> tuple[Tensor, kernels.Mappings]:
+    def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """The branch's input and the coefficients that ``post`` needs.
 
         Args:
@@ -62,37 +75,90 @@ class HyperConnection(KeepFP32):
 
         Returns:
             ([s, b, C] in the streams' dtype, the float32 mappings per token).
-        """
-        x = streams.unflatten(-1, (self.num_streams, -1))
-        raw = kernels.project(x, self.mapping_proj.weight, eps=self.mhc.rms_eps)
-        mix = kernels.mappings(
-            raw,
-            self.alpha_pre,
-            self.alpha_post,
-            self.alpha_res,
-            self.bias,
-            num_streams=self.num_streams,
-            projection=self.mhc.projection,
-            iterations=self.mhc.sinkhorn_iterations,
-            eps=self.mhc.sinkhorn_eps,
-        )
-        if self.observer is not None:
-            self.observer(mix.res.detach())
-        return kernels.pre_mix(x, mix.pre), mix
 
-    def post(self, streams: Tensor, branch: Tensor, mix: kernels.Mappings) -> Tensor:
+        Raises:
+            ValueError: ``mhc.backend="triton"`` cannot run here, and why.
+        """
+        x = self._unflatten(streams)
+        self._announce(x)
+        branch_input, mix = kernels.pre(
+            x, *self._parameters_of_mappings(), options=self._options, backend=self.mhc.backend
+        )
+        self._observe(mix)
+        return branch_input, mix
+
+    def post(
+        self, streams: Tensor, branch: Tensor, mix: Mix, *, branch_bias: Tensor | None = None
+    ) -> Tensor:
         """The next streams from the branch's output.
 
         Args:
             streams: [s, b, n*C], what ``pre`` read.
-            branch: [s, b, C], the branch's output with its bias added.
+            branch: [s, b, C], the branch's output.
             mix: what ``pre`` returned.
+            branch_bias: [C] added to the branch's output, or None.
 
         Returns:
             [s, b, n*C] in the streams' dtype.
         """
-        x = streams.unflatten(-1, (self.num_streams, -1))
-        return kernels.post_mix(x, branch, mix.post, mix.res).flatten(-2)
+        x = self._unflatten(streams)
+        return kernels.post(
+            x, branch, mix, branch_bias=branch_bias, backend=self.mhc.backend
+        ).flatten(-2)
+
+    def post_pre(
+        self,
+        streams: Tensor,
+        branch: Tensor,
+        mix: Mix,
+        following: "HyperConnection",
+        *,
+        branch_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Mix]:
+        """``post`` of this branch and ``following.pre``, in one pass over the streams.
+
+        Args:
+            streams, branch, mix, branch_bias: as for ``post``.
+            following: the hyper-connection around the next branch.
+
+        Returns:
+            The next streams [s, b, n*C], the next branch's input [s, b, C] and its mappings.
+        """
+        next_streams, branch_input, next_mix = kernels.post_pre(
+            self._unflatten(streams),
+            branch,
+            mix,
+            *following._parameters_of_mappings(),
+            options=following._options,
+            branch_bias=branch_bias,
+            backend=self.mhc.backend,
+        )
+        following._observe(next_mix)
+        return next_streams.flatten(-2), branch_input, next_mix
+
+    def _unflatten(self, streams: Tensor) -> Tensor:
+        return streams.unflatten(-1, (self.num_streams, -1))
+
+    def _parameters_of_mappings(self) -> tuple[Tensor, kernels.Gates, Tensor]:
+        gates = (self.alpha_pre, self.alpha_post, self.alpha_res)
+        return self.mapping_proj.weight, gates, self.bias
+
+    def _announce(self, x: Tensor) -> None:
+        if self.mhc.backend == "auto" and not self._announced:
+            self._announced = True
+            _log_once(kernels.choose_backend(x, options=self._options), on_gpu=x.is_cuda)
+
+    def _observe(self, mix: Mix) -> None:
+        if self.observer is not None:
+            self.observer(mix.res.detach())
+
+
+@functools.cache
+def _log_once(choice: kernels.BackendChoice, *, on_gpu: bool) -> None:
+    """Say which kernels ``auto`` took, a warning where a GPU goes without the fused ones."""
+    slow = on_gpu and choice.name == "reference"
+    level = logging.WARNING if slow else logging.INFO
+    _LOGGER.log(level, "hyper-connections use backend=%r: %s", choice.name, choice.reason)
 
 
 def initial_bias(mhc: MHCConfig, *, home_stream: int) -> Tensor:

@@ -91,6 +91,10 @@ def _returning_itself() -> Callable[..., Any]:
     return lambda itself, *args, **kwargs: itself
 
 
+def _as_list(splits: Any) -> list[int] | None:
+    return None if splits is None else [int(size) for size in splits]
+
+
 def _substitutes() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, what stands there while the context is open)."""
     cuda = torch.cuda
@@ -112,10 +116,13 @@ def _substitutes() -> list[tuple[Any, str, Any]]:
         **kwargs: Any,
     ) -> Any:
         # Megatron turns the splits into arrays only while it moves them off a GPU.
-        splits = [
-            s if s is None else [int(x) for x in s] for s in (output_split_sizes, input_split_sizes)
-        ]
-        return all_to_all_single(output, input, *splits, **kwargs)
+        return all_to_all_single(
+            output,
+            input,
+            output_split_sizes=_as_list(output_split_sizes),
+            input_split_sizes=_as_list(input_split_sizes),
+            **kwargs,
+        )
 
     return [
         (torch.distributed, "all_to_all_single", all_to_all_with_lists),

@@ -100,22 +100,20 @@ class MHCTransformerLayer(TransformerLayer):
         if self.expand_input:
             streams = expand_streams(hidden_states, self.mhc.num_streams)
 
-        connection = self.self_attention_hyper_connection
-        branch_input, mix = connection.pre(streams)
+        attention, mlp = self.self_attention_hyper_connection, self.mlp_hyper_connection
+        branch_input, mix = attention.pre(streams)
         output, bias = self.self_attention(
             _single(self.input_layernorm(branch_input), "input_layernorm"),
             attention_mask=attention_mask,
             **{name: attention_arguments.get(name) for name in _ATTENTION_ARGUMENTS},
         )
-        streams = connection.post(streams, output if bias is None else output + bias, mix)
+        streams, branch_input, mix = attention.post_pre(streams, output, mix, mlp, branch_bias=bias)
 
-        connection = self.mlp_hyper_connection
-        branch_input, mix = connection.pre(streams)
         output, bias = self.mlp(
             _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm"),
             padding_mask=padding_mask,
         )
-        streams = connection.post(streams, output if bias is None else output + bias, mix)
+        streams = mlp.post(streams, output, mix, branch_bias=bias)
 
         # Megatron frees a stage's output after sending it and refuses to free a view.
         streams = make_viewless_tensor(

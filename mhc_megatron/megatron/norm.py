@@ -22,7 +22,7 @@ def tag_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
     Megatron's ``finalize_model_grads`` sums the gradients of exactly the parameters marked so.
     """
     for parameter in module.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class TorchNorm:
@@ -32,7 +32,8 @@ class TorchNorm:
     carry Megatron's tag instead, so their gradients are summed over TP.
     """
 
-    def __new__(
+    # A class, as in megatron-core itself: build_module takes a function for a finished module.
+    def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> nn.Module:
         if config.layernorm_zero_centered_gamma:

@@ -49,7 +49,7 @@ def _state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool) -
     metadata = _metadata()
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state: dict[str, Any] = {
-        key: chunk.sharded_state_dict(prefix="", metadata=metadata)
+        key: chunk.sharded_state_dict(prefix="", metadata=metadata)  # type: ignore[operator]
         for key, chunk in zip(keys, chunks, strict=True)
     }
     state["optimizer"] = optimizer.sharded_state_dict(

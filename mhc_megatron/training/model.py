@@ -121,7 +121,7 @@ def build_chunks(
     chunks = []
     for stage in range(virtual):
         vp_stage = stage if virtual > 1 else None
-        where = {
+        where: dict[str, Any] = {
             "use_transformer_engine": config.transformer_impl == "transformer_engine",
             "vp_stage": vp_stage,
         }

@@ -70,7 +70,7 @@ def gpt_100m() -> TrainConfig:
     """About 100M parameters in bf16 on one GPU."""
     return TrainConfig(
         model=ModelConfig(
-            num_layers=12,
+            num_layers=14,
             hidden_size=768,
             num_attention_heads=12,
             ffn_hidden_size=2048,

@@ -23,6 +23,7 @@ from mhc_megatron.training.overrides import apply_overrides
 VERSIONS = {
     "numpy": "2.4.6",
     "packaging": "26.0",
+    "psutil": "7.0.0",
     "matplotlib": "3.11.2",
     "tensorboard": "2.21.0",
     "tqdm": "4.70.1",

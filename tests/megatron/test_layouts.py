@@ -1,5 +1,6 @@
 """Every layout equals the single process: loss and every gradient, at randomised parameters."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,16 @@ def test_every_projection_under_tp_sp_and_pp(
     assert max(losses) <= 1e-6
     assert max(errors.values()) <= SUMMATION_ORDER, errors
     assert "decoder.final_layernorm.contraction.weight" in errors
+
+
+def test_fused_kernels_equal_the_reference_under_tp_sp(workers: WorkerPool, tmp_path: Path) -> None:
+    """Without a GPU the kernels run in Triton's interpreter."""
+    reference = MHCConfig(backend="reference", projection="sinkhorn_v4", num_streams=3)
+    oracle = Oracle(workers, run_config(DENSE, mhc=reference), tmp_path)
+    fused = dataclasses.replace(reference, backend="triton")
+    layout = {"tensor": 2, "sequence": True}
+    losses, errors = oracle.errors(workers, run_config(DENSE, layout, mhc=fused), tmp_path / "g")
+    check(losses, errors, SUMMATION_ORDER, loss_tolerance=1e-6)
 
 
 def drop_sequence_parallel_tags(chunks: list[torch.nn.Module]) -> None:

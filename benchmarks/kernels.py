@@ -1,0 +1,226 @@
+"""Fused kernels, the reference, torch.compile of it and installed peers, on the same tensors.
+
+    python benchmarks/kernels.py --results benchmarks/results/h100
+    python benchmarks/kernels.py --shapes 4096,2560,4 --impl post_pre pre+post
+
+Checks each against float64, then times forward, backward and both, by CUDA-graph replay and by
+eager launch. Prints a table and appends one line per figure to ``<results>/kernels.jsonl``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from implementations import (
+    PEERS,
+    Implementation,
+    Operands,
+    boundary,
+    compiled_pair,
+    options,
+    pair,
+    random_operands,
+)
+from provenance import provenance
+from timing import Times, backward_times, copy_bandwidth, eager_times, graph_times, host_times
+from torch import Tensor
+
+from mhc_megatron.kernels import PackedMappings, compositions
+
+SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
+# Copies of the operands that a graph goes through, so that no input is left in the L2 cache.
+COPIES = 3
+CHECKED_TOKENS = 300
+
+Build = Callable[[Operands], Implementation]
+OURS: dict[str, Build] = {
+    "post_pre": lambda data: boundary(data, "post_pre", "triton"),
+    "single_pass": lambda data: boundary(data, "single_pass", "triton"),
+    "pre+post": lambda data: pair(data, "triton"),
+    "reference": lambda data: pair(data, "reference"),
+    "torch.compile": compiled_pair,
+}
+
+
+def floor_elements(n: int, *, fused: bool) -> tuple[int, int]:
+    """Channels per token that forward and backward must move (docs/performance.md)."""
+    return (2 * n + 2, 3 * n + 3) if fused else (3 * n + 2, 6 * n + 3)
+
+
+def floor_bytes(tokens: int, channels: int, n: int, itemsize: int, *, fused: bool) -> list[int]:
+    """Of forward, backward and both; phi is read in each and its gradient written once."""
+    forward, backward = floor_elements(n, fused=fused)
+    phi = 4 * n * (n + 2) * n * channels
+    figures = [tokens * channels * itemsize * forward + phi]
+    figures.append(tokens * channels * itemsize * backward + 2 * phi)
+    return [*figures, sum(figures)]
+
+
+def float64_truth(data: Operands, built: Implementation, stored: Tensor) -> dict[str, Tensor]:
+    """Outputs and gradients of the composition; the next sublayer reads the stored streams."""
+    names = ["streams", "branch", "weight", "alpha_pre", "alpha_post", "alpha_res", "bias"]
+    values = [data.streams, data.branch, data.weight, *data.alphas.split(1), data.bias]
+    leaves = [value.double().requires_grad_() for value in values]
+    x, f, weight, alpha_pre, alpha_post, alpha_res, bias = leaves
+    gates = (alpha_pre, alpha_post, alpha_res)
+    gradients = [data.grad_streams.double(), data.grad_u.double()]
+    if built.fused:
+        packed = data.packed.double().requires_grad_()
+        mix = PackedMappings(packed, x.shape[1], x.shape[:1])
+        streams = compositions.post(x, f, mix)
+        read = streams + (stored.double() - streams).detach()
+        u, new_mix = compositions.pre(read, weight, gates, bias, options=options())
+        if built.name.endswith("single_pass"):
+            u = (mix.pre.unsqueeze(-1) * read).sum(1)
+        new_packed = torch.cat([new_mix.pre, new_mix.post, new_mix.res.flatten(1)], dim=1).t()
+        outputs = {"streams": streams, "u": u, "mix": new_packed}
+        gradients.append(data.grad_packed.double())
+        names, leaves = [*names, "mix"], [*leaves, packed]
+    else:
+        u, mix = compositions.pre(x, weight, gates, bias, options=options())
+        outputs = {"streams": compositions.post(x, f, mix), "u": u}
+    found = torch.autograd.grad(list(outputs.values()), leaves, gradients)
+    truth = {name: value.detach() for name, value in outputs.items()}
+    truth.update({f"d_{name}": grad for name, grad in zip(names, found, strict=True)})
+    return truth
+
+
+def check(data: Operands, built: Implementation) -> tuple[dict[str, float], bool]:
+    """Relative errors by name, and whether two runs gave the same bits."""
+
+    def once() -> dict[str, Tensor]:
+        outputs = built.forward()
+        gradients = built.backward(outputs)
+        named = dict(zip(("streams", "u", "mix"), [o.detach() for o in outputs], strict=False))
+        for name, gradient in zip(built.leaves, gradients, strict=True):
+            named["d_mix" if name == "packed" else f"d_{name}"] = gradient
+        return named
+
+    first = once()
+    same = all(
+        torch.equal(value, again[name])
+        for again in (once() for _ in range(3))
+        for name, value in first.items()
+    )
+    ours = {
+        name: built.to_ours.get(name.removeprefix("d_"), lambda t: t)(value)
+        for name, value in first.items()
+    }
+    truth = float64_truth(data, built, ours["streams"])
+    errors = {}
+    for name, expected in truth.items():
+        if name in ours and ours[name].shape == expected.shape:
+            error = (ours[name].double() - expected).norm() / expected.norm()
+            errors[name] = float(f"{float(error):.2e}")
+    return errors, same
+
+
+def measure(build: Build, data: list[Operands]) -> Iterator[tuple[str, str, Times]]:
+    """(metric, launch, times) of one implementation."""
+    built = [build(operands) for operands in data]
+
+    def both(one: Implementation) -> object:
+        return one.backward(one.forward())
+
+    if built[0].name != "torch.compile":
+        forwards = [one.forward for one in built]
+        yield "fwd", "graph", graph_times(forwards)
+        yield "bwd", "graph", backward_times([(one.forward, one.backward) for one in built])
+        yield "fwd_bwd", "graph", graph_times([lambda one=one: both(one) for one in built])
+    yield "fwd", "eager", eager_times(built[0].forward)
+    yield "fwd_bwd", "eager", eager_times(lambda: both(built[0]))
+    yield "fwd_bwd", "host", host_times(lambda: both(built[0]))
+
+
+def run_shape(
+    shape: tuple[int, int, int], names: list[str], bandwidth: float, source: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    tokens, channels, n = shape
+    builds = {**OURS, **PEERS}
+    dtype = torch.bfloat16
+    data = [random_operands(tokens, n, channels, dtype, seed) for seed in range(COPIES)]
+    small = random_operands(min(CHECKED_TOKENS, tokens), n, channels, dtype, 99)
+    for name in names:
+        try:
+            built = builds[name](small)
+            errors, deterministic = check(small, built)
+            floors = floor_bytes(tokens, channels, n, dtype.itemsize, fused=built.fused)
+            for metric, launch, times in measure(builds[name], data):
+                moved = floors[("fwd", "bwd", "fwd_bwd").index(metric)]
+                floor = moved / bandwidth * 1e6
+                yield {
+                    "benchmark": "kernels",
+                    "impl": built.name,
+                    "shape": {"T": tokens, "C": channels, "n": n, "dtype": "bfloat16"},
+                    "metric": metric,
+                    "value": round(times.median, 2),
+                    "spread": [round(times.least, 2), round(times.most, 2)],
+                    "unit": "us",
+                    "floor": round(floor, 2),
+                    "ratio_to_floor": round(times.median / floor, 3),
+                    "gb_per_s": round(moved / times.median / 1e3, 1),
+                    "launch": launch,
+                    "error": errors,
+                    "deterministic": deterministic,
+                    **source,
+                }
+        except Exception as error:  # a peer that cannot run a shape must not end the others' run
+            print(f"{name} at {shape}: {type(error).__name__}: {error}"[:600], file=sys.stderr)
+        torch.cuda.empty_cache()
+
+
+def print_line(line: dict[str, Any]) -> None:
+    shape = line["shape"]
+    worst = max(line["error"].items(), key=lambda item: item[1])
+    print(
+        f"{shape['T']:>6} {shape['C']:>5} {shape['n']}  {line['impl']:<28} {line['metric']:<8}"
+        f"{line['launch']:<6}{line['value']:>9.1f} us  {line['ratio_to_floor']:>6.2f} x floor"
+        f"{line['gb_per_s']:>8.0f} GB/s  worst error {worst[0]} {worst[1]:.1e}"
+        f"{'' if line['deterministic'] else '  bits differ'}",
+        flush=True,
+    )
+
+
+def installed(name: str) -> bool:
+    try:
+        PEERS[name](random_operands(16, 4, 1024, torch.bfloat16, 0))
+    except ImportError:
+        return False
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+        return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), help="T,C,n")
+    parser.add_argument("--impl", nargs="+", choices=[*OURS, *PEERS], help="default: all installed")
+    parser.add_argument("--results", type=Path, help="folder of kernels.jsonl")
+    parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: needs a GPU", file=sys.stderr)
+        return 2
+    source = provenance(args.commit)
+    names = args.impl or [*OURS, *filter(installed, PEERS)]
+    bandwidth = copy_bandwidth()
+    print(f"{source['gpu']}: copy {bandwidth / 1e12:.2f} TB/s read and written")
+    for text in args.shapes:
+        tokens, channels, n = map(int, text.split(","))
+        for line in run_shape((tokens, channels, n), names, bandwidth, source):
+            line["copy_tb_per_s"] = round(bandwidth / 1e12, 3)
+            print_line(line)
+            if args.results is not None:
+                args.results.mkdir(parents=True, exist_ok=True)
+                with (args.results / "kernels.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

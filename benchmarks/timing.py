@@ -1,0 +1,111 @@
+"""Times of GPU work: CUDA-graph replays, eager launches, and the bandwidth of a plain copy."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Times(NamedTuple):
+    """Microseconds per call: median, least and most of the repetitions."""
+
+    median: float
+    least: float
+    most: float
+
+
+def graph_times(calls: list[Callable[[], object]], *, repetitions: int = 20) -> Times:
+    """Replays of one CUDA graph that makes all calls, one after the other.
+
+    Args:
+        calls: the same work on different tensors, so that the L2 cache holds no input of the next.
+        repetitions: replays, each timed by itself.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    return _event_times(graph.replay, len(calls), repetitions)
+
+
+def backward_times(
+    calls: list[tuple[Callable[[], list[torch.Tensor]], Callable[[list[torch.Tensor]], object]]],
+    *,
+    repetitions: int = 20,
+) -> Times:
+    """Replays of the second halves of (forward, backward of its outputs).
+
+    Autograd runs a backward on its forward's stream, so both are made on the captured one.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs = [forward() for forward, _ in calls]
+        for (_, backward), out in zip(calls, outputs, strict=True):
+            backward(out)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for (_, backward), out in zip(calls, outputs, strict=True):
+            backward(out)
+    graph.replay()
+    return _event_times(graph.replay, len(calls), repetitions)
+
+
+def eager_times(call: Callable[[], object], *, repetitions: int = 30) -> Times:
+    """Wall time per call of ten calls in a row: the host's work or the GPU's, whichever is more."""
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / 10 * 1e6)
+    return Times(statistics.median(times), min(times), max(times))
+
+
+def host_times(call: Callable[[], object], *, repetitions: int = 30) -> Times:
+    """Time until the call returns, with an idle GPU behind it: the launches alone."""
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return Times(statistics.median(times), min(times), max(times))
+
+
+def copy_bandwidth(num_bytes: int = 2**30) -> float:
+    """Bytes read and written per second by a device-to-device copy kernel."""
+    source = torch.empty(num_bytes // 4, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    # A kernel: a copy node of a graph runs on the slower copy engine.
+    times = graph_times([lambda: torch.add(source, 1.0, out=target)], repetitions=20)
+    return 2 * num_bytes / (times.median * 1e-6)
+
+
+def _event_times(call: Callable[[], object], calls: int, repetitions: int) -> Times:
+    start = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    stop = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    for i in range(repetitions):
+        start[i].record()
+        call()
+        stop[i].record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) * 1e3 / calls for a, b in zip(start, stop, strict=True)]
+    return Times(statistics.median(times), min(times), max(times))

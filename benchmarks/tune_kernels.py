@@ -1,0 +1,171 @@
+"""The fastest tile of each kernel at one shape, from a grid of candidates.
+
+    python benchmarks/tune_kernels.py --shapes 4096,2560,4 --workers 12
+
+Candidates compile in worker processes first (Triton's cache on disk passes them on), then each is
+timed by CUDA-graph replay in this process. Prints a line per candidate, and the best as a ``Tiles``
+to put into kernels/triton/tiles.py. Run ``tests/kernels`` after changing the table.
+"""
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from implementations import Operands, options, random_operands
+from timing import graph_times
+
+from mhc_megatron.kernels.triton import launch
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
+
+COPIES = 3
+
+
+def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
+    """All combinations whose threads have 4 to 64 numbers of a tile each."""
+    numbers = [
+        [int(number) for number in text.split()] for text in (tokens, channels, warps, stages)
+    ]
+    tiles = [
+        Tile(tokens=t, channels=c, num_warps=w, num_stages=s)
+        for t, c, w, s in itertools.product(*numbers)
+    ]
+    return [tile for tile in tiles if 4 <= tile.tokens * tile.channels / tile.num_warps / 32 <= 64]
+
+
+CANDIDATES = {
+    "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32", "128", "8", "2"),
+    "post": grid("8 16", "128 256 512", "4 8", "1"),
+    "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
+    "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
+    "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
+}
+
+
+def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], object]]:
+    """One launch of ``kernel`` per copy of the operands, as ``post_pre`` makes it."""
+    made = []
+    mix = {"options": options(), "single_pass": False}
+    for one in data:
+        parameters = launch.Parameters(one.weight, *one.alphas.split(1), one.bias)
+        post = (one.streams, one.branch, None, one.packed)
+        default = default_tiles(*one.streams.shape[1:], one.streams.dtype)
+        if kernel == "post":
+            made.append(lambda post=post: launch.post(*post, tile=tiles.post))
+            continue
+        if kernel == "mix":
+            made.append(lambda p=parameters, post=post: launch.mix(*post, p, **mix, tile=tiles.mix))
+            continue
+        streams, _, raw, packed = launch.mix(*post, parameters, **mix, tile=default.mix)
+        first = (streams, one.grad_u, one.grad_packed, raw, parameters)
+        if kernel == "mix_backward":
+            made.append(lambda a=first: launch.mix_backward(*a, **mix, tile=tiles.mix_backward))
+            continue
+        projected, radial, partial = launch.mix_backward(*first, **mix, tile=default.mix_backward)
+        if kernel == "weight_backward":
+            arguments = (streams, projected, partial, parameters)
+            made.append(lambda a=arguments: launch.parameter_backward(*a, tiles=tiles))
+            continue
+        read = launch.ReadGradients(one.grad_u, packed, projected, radial, one.weight)
+        made.append(
+            lambda g=one.grad_streams, post=post, read=read: launch.streams_backward(
+                g,
+                *post,
+                read,
+                single_pass=False,
+                tile=tiles.streams_backward,
+                terms=tiles.product_terms,
+            )
+        )
+    return made
+
+
+def time_of(kernel: str, data: list[Operands], tiles: Tiles, repetitions: int) -> float | None:
+    """Microseconds, or None where the candidate does not fit the GPU."""
+    try:
+        return graph_times(calls(kernel, data, tiles), repetitions=repetitions).median
+    except Exception as error:  # out of shared memory or registers: not a candidate
+        print(f"{kernel}: {type(error).__name__}: {error}".splitlines()[0][:160], file=sys.stderr)
+        return None
+
+
+def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
+    found = []
+    for kernel in kernels:
+        for tile in CANDIDATES[kernel]:
+            # Fewer products are faster and less exact: shown for the table's tile, never chosen.
+            terms = (
+                (2, 3)
+                if kernel == "streams_backward" and tile == base.streams_backward
+                else (base.product_terms,)
+            )
+            splits = (1024, 2048) if kernel == "weight_backward" else (base.weight_split,)
+            for term, split in itertools.product(terms, splits):
+                tiles = replace(base, product_terms=term, weight_split=split, **{kernel: tile})
+                found.append((kernel, tiles))
+    return found
+
+
+def compile_share(share: str, kernels: list[str], data: Operands) -> None:
+    """Run every i-th of n candidates once, which leaves it in Triton's cache."""
+    index, count = map(int, share.split("/"))
+    base = default_tiles(*data.streams.shape[1:], data.streams.dtype)
+    for kernel, tiles in variants(kernels, base)[index::count]:
+        try:
+            calls(kernel, [data], tiles)[0]()
+            torch.cuda.synchronize()
+        except Exception as error:  # reported where it is timed
+            print(f"{kernel}: {type(error).__name__}", file=sys.stderr)
+
+
+def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> None:
+    tokens, channels, n = map(int, shape.split(","))
+    command = [sys.executable, __file__, "--shapes", shape, "--kernels", *kernels, "--compile"]
+    running = [subprocess.Popen([*command, f"{i}/{workers}"]) for i in range(workers)]
+    for process in running:
+        process.wait()
+    data = [random_operands(tokens, n, channels, torch.bfloat16, seed) for seed in range(COPIES)]
+    base = best = default_tiles(n, channels, torch.bfloat16)
+    for kernel in kernels:
+        timed = []
+        for name, tiles in variants([kernel], base):
+            microseconds = time_of(name, data, tiles, repetitions)
+            if microseconds is not None:
+                timed.append((microseconds, tiles))
+        timed.sort(key=lambda item: item[0])
+        standard = time_of(kernel, data, base, repetitions)
+        print(f"{shape} {kernel}: default {standard} us")
+        for microseconds, tiles in timed[:6]:
+            extra = f"terms={tiles.product_terms} split={tiles.weight_split}"
+            print(f"  {microseconds:8.1f} us  {getattr(tiles, kernel)} {extra}")
+        if timed:
+            chosen = timed[0][1]
+            best = replace(best, **{kernel: getattr(chosen, kernel)})
+            if kernel == "weight_backward":
+                best = replace(best, weight_split=chosen.weight_split)
+    print(f"{shape} best: {best}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", required=True, help="T,C,n")
+    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--compile", metavar="I/N", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for shape in args.shapes:
+        if args.compile is not None:
+            tokens, channels, n = map(int, shape.split(","))
+            data = random_operands(tokens, n, channels, torch.bfloat16, 0)
+            compile_share(args.compile, args.kernels, data)
+        else:
+            tune(shape, args.kernels, args.workers, args.repetitions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Which implementation runs, and why the Triton kernels cannot where they cannot."""
+
+import importlib.util
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhc_megatron.kernels.options import MappingOptions
+
+Backend = Literal["auto", "triton", "reference"]
+
+KERNEL_STREAMS = (1, 2, 3, 4, 8)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_PERMUTATION_STREAMS = 4
+# 16-byte loads of half-precision channels.
+KERNEL_CHANNEL_MULTIPLE = 8
+
+
+class BackendChoice(NamedTuple):
+    """``triton`` or ``reference``, and in one sentence why."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(
+    streams: Tensor, *, options: MappingOptions | None = None, backend: Backend = "auto"
+) -> BackendChoice:
+    """What ``backend`` means for these streams.
+
+    ``auto`` takes the kernels on CUDA wherever they can run, never Triton's interpreter.
+
+    Args:
+        streams: [..., n, C].
+        options: of the mappings; None for ``post``, which has none.
+        backend: as for ``pre``, ``post`` and ``post_pre``.
+
+    Raises:
+        ValueError: ``triton`` cannot run, and why; or there is no such backend.
+    """
+    if backend == "reference":
+        return BackendChoice("reference", "asked for")
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend={backend!r} is not one of auto, triton, reference")
+    obstacle = _obstacle(streams, options)
+    if backend == "triton":
+        if obstacle is not None:
+            raise ValueError(f"backend='triton' cannot run: {obstacle}")
+        return BackendChoice("triton", "asked for")
+    if obstacle is None and not streams.is_cuda:
+        obstacle = "the interpreter is for tests, and has to be asked for"
+    if obstacle is not None:
+        return BackendChoice("reference", obstacle)
+    return BackendChoice("triton", "the kernels support these streams")
+
+
+def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
+    """Why the kernels cannot take these streams."""
+    n, channels = streams.shape[-2:]
+    if n not in KERNEL_STREAMS:
+        return f"num_streams={n} is not one of {', '.join(map(str, KERNEL_STREAMS))}"
+    permutes = options is not None and options.projection == "permutation"
+    if permutes and n > KERNEL_PERMUTATION_STREAMS:
+        return f"projection='permutation' needs num_streams <= {KERNEL_PERMUTATION_STREAMS}"
+    if streams.dtype not in KERNEL_DTYPES:
+        return f"streams are {streams.dtype}, not bfloat16, float16 or float32"
+    if channels == 0 or channels % KERNEL_CHANNEL_MULTIPLE:
+        return f"channels={channels} is not a multiple of {KERNEL_CHANNEL_MULTIPLE}"
+    if not streams.is_contiguous():
+        return "streams are not contiguous"
+    if not _triton_installed():
+        return "triton is not installed"
+    if not streams.is_cuda:
+        # Imports triton, which a program without a GPU need not have.
+        from mhc_megatron.kernels.triton.launch import INTERPRETED
+
+        if streams.device.type == "cpu" and INTERPRETED:
+            return None
+        return f"streams are on {streams.device.type}, and the kernels need CUDA"
+    if streams.device.index != torch.cuda.current_device():
+        return (
+            f"streams are on {streams.device} while the current device is "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
+        )
+    if _capability(streams.device.index) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+# Both are asked for at every call, between launches that take microseconds.
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)

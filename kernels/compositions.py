@@ -1,0 +1,83 @@
+"""What the fused kernels compute, in terms of the reference: their definition.
+
+Suffixes as in reference.py. All are differentiable by autograd.
+"""
+
+from torch import Tensor
+
+from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.packed import PackedMappings
+from mhc_megatron.kernels.precision import wide_dtype
+from mhc_megatron.kernels.reference import Mappings, mappings, post_mix, pre_mix, project
+
+Gates = tuple[Tensor, Tensor, Tensor | None]
+
+
+def compute_mappings(
+    streams: Tensor, weight: Tensor, alphas: Gates, bias: Tensor, *, options: MappingOptions
+) -> Mappings:
+    """``mappings`` of ``project``."""
+    return mappings(
+        project(streams, weight, eps=options.rms_eps),
+        *alphas,
+        bias,
+        num_streams=streams.shape[-2],
+        projection=options.projection,
+        iterations=options.iterations,
+        eps=options.eps,
+    )
+
+
+def pre(
+    streams: Tensor, weight: Tensor, alphas: Gates, bias: Tensor, *, options: MappingOptions
+) -> tuple[Tensor, Mappings]:
+    """The branch's input and the mappings; see ``functional.pre``."""
+    mix = compute_mappings(streams, weight, alphas, bias, options=options)
+    return pre_mix(streams, mix.pre), mix
+
+
+def post(
+    streams: Tensor,
+    branch: Tensor,
+    mix: Mappings | PackedMappings,
+    *,
+    branch_bias: Tensor | None = None,
+) -> Tensor:
+    """The next streams; see ``functional.post``."""
+    if branch_bias is not None:
+        dtype = wide_dtype(branch, branch_bias)
+        branch = branch.to(dtype) + branch_bias.to(dtype)
+    return post_mix(streams, branch, mix.post, mix.res)
+
+
+def post_pre(
+    streams: Tensor,
+    branch: Tensor,
+    mix: Mappings | PackedMappings,
+    weight: Tensor,
+    alphas: Gates,
+    bias: Tensor,
+    *,
+    options: MappingOptions,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Mappings]:
+    """``post`` of one sublayer, then ``pre`` of the next; see ``functional.post_pre``."""
+    streams = post(streams, branch, mix, branch_bias=branch_bias)
+    return streams, *pre(streams, weight, alphas, bias, options=options)
+
+
+def single_pass(
+    streams: Tensor,
+    branch: Tensor,
+    mix: Mappings | PackedMappings,
+    weight: Tensor,
+    alphas: Gates,
+    bias: Tensor,
+    *,
+    options: MappingOptions,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Mappings]:
+    """As ``post_pre``, but read with the previous H_pre; see ``functional.single_pass``."""
+    streams = post(streams, branch, mix, branch_bias=branch_bias)
+    new_mix = compute_mappings(streams, weight, alphas, bias, options=options)
+    return streams, pre_mix(streams, mix.pre), new_mix

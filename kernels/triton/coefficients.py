@@ -1,0 +1,175 @@
+"""Device functions: raw logits to the mappings of a tile of tokens, and their backward.
+
+T and ``tokens`` are int64; rows of ``raw`` and ``packed`` are loaded as [BT], [BT, NP] or
+[BT, NP, NP].
+"""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.residual import (
+    pad_logits,
+    permutation_matrix,
+    sinkhorn_fwd,
+    stream_index,
+)
+
+
+@triton.jit
+def vector_pointers(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
+    """Rows ``first_row`` to ``first_row + n`` of [rows, T], as [BT, NP]."""
+    index = tl.arange(0, NP)
+    rows = (first_row + index) * T
+    mask = (index < N)[None, :] & (tokens < T)[:, None]
+    return base_ptr + rows[None, :] + tokens[:, None], mask
+
+
+@triton.jit
+def matrix_pointers(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
+    """Rows ``first_row`` to ``first_row + n*n`` of [rows, T], as [BT, NP, NP]."""
+    o, i = stream_index(NP)
+    rows = (first_row + o * N + i) * T
+    mask = ((o < N) & (i < N)) & (tokens < T)[:, None, None]
+    return base_ptr + rows + tokens[:, None, None], mask
+
+
+@triton.jit
+def load_vector(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
+    pointers, mask = vector_pointers(base_ptr, first_row, tokens, T, N, NP)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_matrix(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
+    pointers, mask = matrix_pointers(base_ptr, first_row, tokens, T, N, NP)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_bias_matrix(bias_ptr, N: tl.constexpr, NP: tl.constexpr):
+    o, i = stream_index(NP)
+    return tl.load(bias_ptr + 2 * N + o * N + i, mask=(o < N) & (i < N), other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """To float32 rounding also near 0, where ``2 sigmoid(2x) - 1`` cancels."""
+    square = x * x
+    series = 1.0 + square * (
+        -1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))
+    )
+    return tl.where(square < 0.0625, x * series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def gate(raw, alpha, bias, PROJECTION: tl.constexpr):
+    """``alpha * raw + bias``; hyper-connections pass raw through tanh first."""
+    if PROJECTION == "unconstrained":
+        raw = tanh(raw)
+    return alpha * raw + bias
+
+
+@triton.jit
+def gate_bwd(grad, raw, alpha, PROJECTION: tl.constexpr):
+    """Gradients of raw, and of alpha before it is summed."""
+    if PROJECTION == "unconstrained":
+        gated = tanh(raw)
+        grad_raw = grad * alpha * (1.0 - gated * gated)
+    else:
+        gated = raw
+        grad_raw = grad * alpha
+    return grad_raw, grad * gated
+
+
+@triton.jit
+def permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N: tl.constexpr, R: tl.constexpr):
+    """Maximum and sum of the softmax over the n! logits, each [BT]."""
+    highest = tl.full(tokens.shape, float("-inf"), tl.float32)
+    total = tl.zeros(tokens.shape, tl.float32)
+    for k in range(R):
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+        higher = tl.maximum(highest, logit)
+        total = total * tl.exp(highest - higher) + tl.exp(logit - higher)
+        highest = higher
+    return highest, total
+
+
+@triton.jit
+def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N: tl.constexpr):
+    raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=tokens < T, other=0.0)
+    return alpha * raw + tl.load(bias_ptr + 2 * N + k)
+
+
+@triton.jit
+def write_mappings(
+    raw_ptr,
+    alpha_pre_ptr,
+    alpha_post_ptr,
+    alpha_res_ptr,
+    bias_ptr,
+    matrices_ptr,
+    packed_ptr,
+    tokens,
+    T,
+    eps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
+    """``mappings`` of the tile's tokens: writes ``packed`` and returns H_pre, [BT, NP]."""
+    index = tl.arange(0, NP)
+    pre_bias = tl.load(bias_ptr + index, mask=index < N, other=0.0)[None, :]
+    post_bias = tl.load(bias_ptr + N + index, mask=index < N, other=0.0)[None, :]
+    pre = load_vector(raw_ptr, 0, tokens, T, N, NP)
+    pre = gate(pre, tl.load(alpha_pre_ptr), pre_bias, PROJECTION)
+    post = load_vector(raw_ptr, N, tokens, T, N, NP)
+    post = gate(post, tl.load(alpha_post_ptr), post_bias, PROJECTION)
+    if PROJECTION != "unconstrained":
+        # pre = pre.sigmoid() (+ eps), post = 2 * post.sigmoid()
+        pre = tl.sigmoid(pre)
+        if PROJECTION == "sinkhorn_v4":
+            pre += eps
+        post = 2.0 * tl.sigmoid(post)
+
+    res_pointers, res_mask = matrix_pointers(packed_ptr, 2 * N, tokens, T, N, NP)
+    o, i = stream_index(NP)
+    if PROJECTION == "identity":
+        res = tl.zeros(res_pointers.shape, tl.float32) + tl.where(o == i, 1.0, 0.0)
+    elif PROJECTION == "permutation":
+        # res = sum_k softmax(logits)_k P_k
+        alpha = tl.load(alpha_res_ptr)
+        highest, total = permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N, M - 2 * N)
+        res = tl.zeros(res_pointers.shape, tl.float32)
+        for k in range(M - 2 * N):
+            logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+            weight = tl.exp(logit - highest) / total
+            res += weight[:, None, None] * permutation_matrix(matrices_ptr, k, N, NP)
+    else:
+        res = load_matrix(raw_ptr, 2 * N, tokens, T, N, NP)
+        res = gate(res, tl.load(alpha_res_ptr), load_bias_matrix(bias_ptr, N, NP), PROJECTION)
+        if PROJECTION != "unconstrained":
+            V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
+            logits = pad_logits(res, N, NP)
+            res = sinkhorn_fwd(logits, eps, raw_ptr, tokens, T, N, NP, ITERATIONS, V4, False)
+
+    pointers, mask = vector_pointers(packed_ptr, 0, tokens, T, N, NP)
+    tl.store(pointers, pre, mask=mask)
+    pointers, mask = vector_pointers(packed_ptr, N, tokens, T, N, NP)
+    tl.store(pointers, post, mask=mask)
+    tl.store(res_pointers, res, mask=res_mask)
+    return pre
+
+
+@triton.jit
+def sigmoid_bwd(grad, logit, scale):
+    """Gradient of ``scale * logit.sigmoid()``."""
+    value = tl.sigmoid(logit)
+    return grad * scale * value * (1.0 - value)
+
+
+@triton.jit
+def column(matrix, index, NP: tl.constexpr):
+    """Column ``index`` of [BT, NP], as [BT]."""
+    return tl.sum(tl.where(tl.arange(0, NP)[None, :] == index, matrix, 0.0), axis=1)

@@ -1,0 +1,198 @@
+"""Forward kernels: the next streams, the branch's input and the mappings, in one pass."""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.coefficients import column, write_mappings
+from mhc_megatron.kernels.triton.tile_math import (
+    channel_mask,
+    dot,
+    load_branch,
+    load_coefficients,
+    load_streams,
+    post_mix_stream,
+    token_rows,
+)
+
+
+@triton.jit
+def split_weight(weight_ptr, split_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 phi as bfloat16 high and low parts, [2, SIZE]; their sum has 16 bits of mantissa.
+
+    Products with bfloat16 streams are then exact in float32, where tf32 would round phi to 11 bits.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < SIZE
+    weight = tl.load(weight_ptr + offsets, mask=mask)
+    high = weight.to(tl.bfloat16)
+    tl.store(split_ptr + offsets, high, mask=mask)
+    tl.store(split_ptr + SIZE + offsets, (weight - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def mix_fwd(
+    x_ptr,
+    branch_ptr,
+    branch_bias_ptr,
+    packed_ptr,
+    weight_ptr,
+    alpha_pre_ptr,
+    alpha_post_ptr,
+    alpha_res_ptr,
+    bias_ptr,
+    matrices_ptr,
+    y_ptr,
+    u_ptr,
+    raw_ptr,
+    next_packed_ptr,
+    T,
+    rms_eps,
+    eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_POST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``post_pre`` of BT tokens; without HAS_POST ``pre``, whose y is x and is not written.
+
+    SINGLE_PASS reads the new streams with the coefficients that ``packed`` holds, so that nothing
+    has to be read twice. ``weight`` is phi, [PARTS, M, K].
+    """
+    T = tl.cast(T, tl.int64)
+    first, tokens, live = token_rows(T, BT)
+    K: tl.constexpr = N * C
+    rows = tl.arange(0, BT)[:, None] * K
+    branch_rows = tl.arange(0, BT)[:, None] * C
+    x_ptr += first * K
+    y_ptr += first * K
+    u_ptr += first * C
+    if HAS_POST:
+        branch_ptr += first * C
+        post = load_coefficients(packed_ptr, N, tokens, live, T, N)
+        res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
+    if SINGLE_PASS:
+        read = load_coefficients(packed_ptr, 0, tokens, live, T, N)
+
+    # phi's parts one below the other: one product with M = 64 rows for n = 4.
+    m = tl.arange(0, PARTS * MP) % MP
+    weight_rows = weight_ptr + ((tl.arange(0, PARTS * MP) // MP) * M + m)[:, None] * K
+    projected = tl.zeros([PARTS * MP, BT], tl.float32)
+    squares = tl.zeros([BT, BC], tl.float32)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        mask = channel_mask(live, c, C, BC)
+        channels = c + tl.arange(0, BC)
+        x = load_streams(x_ptr + rows, c, mask, N, C, BC)
+        if HAS_POST:
+            branch = load_branch(
+                branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
+            )
+        if SINGLE_PASS:
+            u = tl.zeros([BT, BC], tl.float32)
+        for o in tl.static_range(N):
+            if HAS_POST:
+                # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f, rounded to the streams' dtype
+                y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
+                tl.store(y_ptr + rows + (o * C + channels)[None, :], y, mask=mask)
+            else:
+                y = x[o].to(x_ptr.dtype.element_ty)
+            # vec(x) phi and mean(vec(x)^2)
+            wide = y.to(tl.float32)
+            squares += wide * wide
+            weight = tl.load(
+                weight_rows + (o * C + channels)[None, :],
+                mask=(m < M)[:, None] & (channels < C)[None, :],
+                other=0.0,
+            )
+            projected = dot(
+                weight, tl.trans(y.to(weight_ptr.dtype.element_ty)), projected, PRECISION
+            )
+            if SINGLE_PASS:
+                u += read[o][:, None] * wide
+        if SINGLE_PASS:
+            u_pointers = u_ptr + branch_rows + channels[None, :]
+            tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+    # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
+    inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / K + rms_eps)
+    tl.store(raw_ptr + M * T + tokens, inverse_rms, mask=live)
+    raw = tl.sum(tl.reshape(projected, [PARTS, MP, BT]), axis=0)
+    raw *= inverse_rms[None, :]
+    logit_rows = tl.arange(0, MP)[:, None]
+    raw_mask = (logit_rows < M) & live[None, :]
+    tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
+    # Other threads than wrote them read raw, and below y.
+    tl.debug_barrier()
+    pre = write_mappings(
+        raw_ptr,
+        alpha_pre_ptr,
+        alpha_post_ptr,
+        alpha_res_ptr,
+        bias_ptr,
+        matrices_ptr,
+        next_packed_ptr,
+        tokens,
+        T,
+        eps,
+        N,
+        NP,
+        M,
+        PROJECTION,
+        ITERATIONS,
+    )
+    if not SINGLE_PASS:
+        read = ()
+        for i in tl.static_range(N):
+            read = read + (column(pre, i, NP),)
+        y_rows = (y_ptr if HAS_POST else x_ptr) + rows
+        for c in tl.range(0, C, BC, num_stages=STAGES):
+            mask = channel_mask(live, c, C, BC)
+            y_tiles = load_streams(y_rows, c, mask, N, C, BC)
+            # u = sum_i H_pre[i] x[i]
+            u = read[0][:, None] * y_tiles[0]
+            for i in tl.static_range(1, N):
+                u += read[i][:, None] * y_tiles[i]
+            u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
+            tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def post_fwd(
+    x_ptr,
+    branch_ptr,
+    branch_bias_ptr,
+    packed_ptr,
+    y_ptr,
+    T,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """``post`` of BT tokens and BC channels: ``x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f``."""
+    T = tl.cast(T, tl.int64)
+    first, tokens, live = token_rows(T, BT)
+    c = tl.program_id(1) * BC
+    mask = channel_mask(live, c, C, BC)
+    rows = tl.arange(0, BT)[:, None] * (N * C)
+    branch_rows = branch_ptr + first * C + tl.arange(0, BT)[:, None] * C
+    x_ptr += first * (N * C)
+    y_ptr += first * (N * C)
+    post = load_coefficients(packed_ptr, N, tokens, live, T, N)
+    res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
+    x = load_streams(x_ptr + rows, c, mask, N, C, BC)
+    branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+    for o in tl.static_range(N):
+        y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)

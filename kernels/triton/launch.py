@@ -1,0 +1,379 @@
+"""Launches: output buffers, tile sizes and constants of each kernel; no autograd, no checks.
+
+Tensors are contiguous; of streams [..., n, C] and branch [..., C] only the sizes matter here.
+"""
+
+from functools import cache
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.triton.forward import mix_fwd, post_fwd, split_weight
+from mhc_megatron.kernels.triton.mix_backward import mix_bwd
+from mhc_megatron.kernels.triton.streams_backward import streams_bwd
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles
+from mhc_megatron.kernels.triton.weight_backward import reduce_partials, weight_bwd
+
+# Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU.
+INTERPRETED = not isinstance(mix_fwd, triton.JITFunction)
+
+
+class Parameters(NamedTuple):
+    """Of one hyper-connection, all float32: weight [M, K], alphas [1], bias [M]."""
+
+    weight: Tensor
+    alpha_pre: Tensor
+    alpha_post: Tensor
+    alpha_res: Tensor | None
+    bias: Tensor
+
+
+class Shape(NamedTuple):
+    """Sizes that all kernels share."""
+
+    num_tokens: int
+    num_streams: int
+    channels: int
+
+    @classmethod
+    def of(cls, streams: Tensor) -> "Shape":
+        n, channels = streams.shape[-2:]
+        return cls(streams.numel() // (n * channels), n, channels)
+
+
+class ParameterGradients(NamedTuple):
+    """weight [M, K], alphas [3] and bias [M], float32."""
+
+    weight: Tensor
+    alphas: Tensor
+    bias: Tensor
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """How many bfloat16 parts stand for a float32 factor; 1 is the float32 itself."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How tensor cores multiply: float16 is exact in tf32, and three products restore phi."""
+    if INTERPRETED:
+        return "interpreter"
+    return {torch.bfloat16: "ieee", torch.float16: "tf32x3", torch.float32: "ieee"}[dtype]
+
+
+def vector_of(dtype: torch.dtype, tile: Tile) -> int:
+    """Neighbouring channels of a tile that one thread holds: what a 16-byte load brings."""
+    return min(16 // dtype.itemsize, tile.tokens * tile.channels // (32 * tile.num_warps))
+
+
+def padded(number: int, least: int) -> int:
+    return max(least, triton.next_power_of_2(number))
+
+
+def logit_rows(num_logits: int, dtype: torch.dtype) -> int:
+    """M padded so that all parts together fill the 64 rows of a Hopper tensor core's product."""
+    return padded(num_logits, 32 if parts_of(dtype) == 2 else 16)
+
+
+@cache
+def permutation_matrices(num_streams: int, device: torch.device) -> Tensor:
+    """[n!, n, n] float32: ``P_k[o, order_k[o]] = 1``, in the order of ``permutation``."""
+    orders = torch.tensor(list(permutations(range(num_streams))))
+    return torch.nn.functional.one_hot(orders, num_streams).float().contiguous().to(device)
+
+
+def matrices_of(options: MappingOptions, streams: Tensor) -> Tensor | None:
+    if options.projection != "permutation":
+        return None
+    return permutation_matrices(streams.shape[-2], streams.device)
+
+
+def factor_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """phi as the products with streams of ``dtype`` take it: [PARTS, M, K]."""
+    if parts_of(dtype) == 1:
+        return weight
+    split = torch.empty((2, *weight.shape), dtype=torch.bfloat16, device=weight.device)
+    block = 1024
+    grid = (triton.cdiv(weight.numel(), block),)
+    split_weight[grid](weight, split, SIZE=weight.numel(), BLOCK=block, num_warps=4)
+    return split
+
+
+def post(
+    streams: Tensor, branch: Tensor, branch_bias: Tensor | None, packed: Tensor, *, tile: Tile
+) -> Tensor:
+    """The next streams."""
+    shape = Shape.of(streams)
+    new_streams = torch.empty_like(streams)
+    if shape.num_tokens:
+        grid = (
+            triton.cdiv(shape.num_tokens, tile.tokens),
+            triton.cdiv(shape.channels, tile.channels),
+        )
+        post_fwd[grid](
+            streams,
+            branch,
+            branch_bias,
+            packed,
+            new_streams,
+            shape.num_tokens,
+            C=shape.channels,
+            N=shape.num_streams,
+            HAS_BIAS=branch_bias is not None,
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.num_warps,
+        )
+    return new_streams
+
+
+def mix(
+    streams: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    packed: Tensor | None,
+    parameters: Parameters,
+    *,
+    options: MappingOptions,
+    single_pass: bool,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``post_pre``, or ``pre`` without branch: streams, u, raw [M + 1, T], packed."""
+    shape = Shape.of(streams)
+    num_tokens, n, channels = shape
+    num_logits = parameters.bias.numel()
+    new_streams = streams if branch is None else torch.empty_like(streams)
+    device = streams.device
+    u = torch.empty((*streams.shape[:-2], channels), dtype=streams.dtype, device=device)
+    raw = torch.empty((num_logits + 1, num_tokens), dtype=torch.float32, device=device)
+    new_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
+    if num_tokens:
+        mix_fwd[(triton.cdiv(num_tokens, tile.tokens),)](
+            streams,
+            branch,
+            branch_bias,
+            packed,
+            factor_weight(parameters.weight, streams.dtype),
+            parameters.alpha_pre,
+            parameters.alpha_post,
+            parameters.alpha_res,
+            parameters.bias,
+            matrices_of(options, streams),
+            new_streams,
+            u,
+            raw,
+            new_packed,
+            num_tokens,
+            options.rms_eps,
+            options.eps,
+            C=channels,
+            N=n,
+            NP=padded(n, 2),
+            M=num_logits,
+            MP=logit_rows(num_logits, streams.dtype),
+            PARTS=parts_of(streams.dtype),
+            PROJECTION=options.projection,
+            ITERATIONS=options.iterations,
+            PRECISION=precision_of(streams.dtype),
+            HAS_POST=branch is not None,
+            HAS_BIAS=branch_bias is not None,
+            SINGLE_PASS=single_pass,
+            BT=tile.tokens,
+            BC=tile.channels,
+            STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+        )
+    return new_streams, u, raw, new_packed
+
+
+def mix_backward(
+    new_streams: Tensor,
+    grad_u: Tensor | None,
+    grad_packed: Tensor | None,
+    raw: Tensor,
+    parameters: Parameters,
+    *,
+    options: MappingOptions,
+    single_pass: bool,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``vec(x) phi`` [PARTS * M, T] and of the RMS [T]; partials [programs, 2 M]."""
+    num_tokens, n, channels = Shape.of(new_streams)
+    num_logits = parameters.bias.numel()
+    parts = parts_of(new_streams.dtype)
+    device = new_streams.device
+    factor_dtype = torch.bfloat16 if parts == 2 else torch.float32
+    projected = torch.empty((parts * num_logits, num_tokens), dtype=factor_dtype, device=device)
+    radial = torch.empty((num_tokens,), dtype=torch.float32, device=device)
+    programs = triton.cdiv(num_tokens, tile.tokens)
+    partial = torch.empty((programs, 2 * num_logits), dtype=torch.float32, device=device)
+    history = None
+    if options.projection in ("sinkhorn", "sinkhorn_v4"):
+        rows = 2 * (options.iterations - 1) * n
+        history = torch.empty((rows, num_tokens), dtype=torch.float32, device=device)
+    mix_bwd[(programs,)](
+        new_streams,
+        grad_u,
+        grad_packed,
+        raw,
+        parameters.alpha_pre,
+        parameters.alpha_post,
+        parameters.alpha_res,
+        parameters.bias,
+        matrices_of(options, new_streams),
+        projected,
+        radial,
+        partial,
+        history,
+        num_tokens,
+        options.eps,
+        C=channels,
+        N=n,
+        NP=padded(n, 2),
+        M=num_logits,
+        PARTS=parts,
+        PROJECTION=options.projection,
+        ITERATIONS=options.iterations,
+        SINGLE_PASS=single_pass,
+        HAS_GRAD_PACKED=grad_packed is not None,
+        BT=tile.tokens,
+        BC=tile.channels,
+        VECTOR=vector_of(new_streams.dtype, tile),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+    return projected, radial, partial
+
+
+class ReadGradients(NamedTuple):
+    """What ``streams_backward`` needs of the sublayer that reads the streams.
+
+    Attributes:
+        u: gradient of u, [..., C].
+        packed: that sublayer's mappings; with ``single_pass`` the previous ones'.
+        projected, radial: from ``mix_backward``.
+        weight: phi, [M, K].
+    """
+
+    u: Tensor
+    packed: Tensor
+    projected: Tensor
+    radial: Tensor
+    weight: Tensor
+
+
+def streams_backward(
+    grad_streams: Tensor | None,
+    streams: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    packed: Tensor | None,
+    read: ReadGradients | None,
+    *,
+    single_pass: bool,
+    tile: Tile,
+    terms: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of streams, branch and the mappings that wrote; the last two with a branch."""
+    num_tokens, n, channels = Shape.of(streams)
+    dtype, device = streams.dtype, streams.device
+    grad_x = torch.empty_like(streams)
+    grad_branch = grad_packed = None
+    if branch is not None:
+        grad_branch = torch.empty_like(branch)
+        grad_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
+    num_logits = 1 if read is None else read.weight.shape[-2]
+    streams_bwd[(triton.cdiv(num_tokens, tile.tokens),)](
+        grad_streams,
+        None if read is None else read.u,
+        streams,
+        branch,
+        branch_bias,
+        packed,
+        None if read is None else read.packed,
+        None if read is None else read.projected,
+        None if read is None else read.radial,
+        None if read is None else factor_weight(read.weight, dtype),
+        grad_x,
+        grad_branch,
+        grad_packed,
+        num_tokens,
+        C=channels,
+        N=n,
+        M=num_logits,
+        MP=padded(num_logits, 16),
+        TERMS=terms if parts_of(dtype) == 2 else 1,
+        PRECISION=precision_of(dtype),
+        HAS_GRAD_Y=grad_streams is not None,
+        HAS_PRE=read is not None,
+        HAS_POST=branch is not None,
+        HAS_BIAS=branch_bias is not None,
+        SINGLE_PASS=single_pass,
+        BT=tile.tokens,
+        BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+    return grad_x, grad_branch, grad_packed
+
+
+def parameter_backward(
+    new_streams: Tensor, projected: Tensor, partial: Tensor, parameters: Parameters, *, tiles: Tiles
+) -> ParameterGradients:
+    """phi's gradient from all tokens, and the sums of the partials."""
+    num_tokens, n, _ = Shape.of(new_streams)
+    num_logits, width = parameters.weight.shape
+    tile = tiles.weight_backward
+    splits = triton.cdiv(num_tokens, tiles.weight_split)
+    device = new_streams.device
+    grads = ParameterGradients(
+        weight=torch.empty((num_logits, width), dtype=torch.float32, device=device),
+        alphas=torch.empty((3,), dtype=torch.float32, device=device),
+        bias=torch.empty((num_logits,), dtype=torch.float32, device=device),
+    )
+    weight_partial = grads.weight
+    if splits > 1:
+        size = (splits, num_logits, width)
+        weight_partial = torch.empty(size, dtype=torch.float32, device=device)
+    weight_bwd[(triton.cdiv(width, tile.channels), splits)](
+        new_streams,
+        projected,
+        weight_partial,
+        num_tokens,
+        K=width,
+        M=num_logits,
+        MP=logit_rows(num_logits, new_streams.dtype),
+        PARTS=parts_of(new_streams.dtype),
+        PRECISION=precision_of(new_streams.dtype),
+        SPLIT=tiles.weight_split,
+        BT=tile.tokens,
+        BK=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+    block, rows = 1024, 64
+    weight_programs = triton.cdiv(num_logits * width, block) if splits > 1 else 0
+    reduce_partials[(1 + weight_programs,)](
+        weight_partial,
+        partial,
+        grads.weight,
+        grads.bias,
+        grads.alphas,
+        partial.shape[0],
+        SIZE=num_logits * width,
+        SPLITS=splits,
+        N=n,
+        M=num_logits,
+        LANES=padded(2 * num_logits, 16),
+        # A power of two: few values, so few compilations.
+        STEPS=triton.next_power_of_2(triton.cdiv(partial.shape[0], rows)),
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return grads

@@ -1,0 +1,335 @@
+"""Backward, first pass: from the gradients of u and of the mappings to those of the raw logits."""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.coefficients import (
+    gate,
+    gate_bwd,
+    load_bias_matrix,
+    load_matrix,
+    load_vector,
+    permutation_logit,
+    sigmoid_bwd,
+)
+from mhc_megatron.kernels.triton.residual import (
+    pad_logits,
+    permutation_matrix,
+    sinkhorn_bwd,
+    stream_index,
+)
+from mhc_megatron.kernels.triton.tile_math import channel_mask, lane_sums, load_streams, token_rows
+
+
+@triton.jit
+def store_projected(
+    projected_ptr, grad, row, tokens, mask, T, M: tl.constexpr, PARTS: tl.constexpr
+):
+    """Rows of the gradient of ``vec(x) phi``; in two bfloat16 parts, as ``split_weight``."""
+    pointers = projected_ptr + row * T + tokens
+    high = grad.to(projected_ptr.dtype.element_ty)
+    tl.store(pointers, high, mask=mask)
+    if PARTS == 2:
+        low = grad - high.to(tl.float32)
+        tl.store(pointers + M * T, low.to(projected_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def vector_bwd(
+    grad,
+    first_row: tl.constexpr,
+    scale: tl.constexpr,
+    raw_ptr,
+    alpha_ptr,
+    bias_ptr,
+    projected_ptr,
+    partial_ptr,
+    tokens,
+    inverse_rms,
+    T,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):
+    """H_pre or H_post from [BT, NP] ``grad``; returns ``sum(grad_raw * raw)`` per token."""
+    index = tl.arange(0, NP)
+    raw = load_vector(raw_ptr, first_row, tokens, T, N, NP)
+    alpha = tl.load(alpha_ptr)
+    if PROJECTION != "unconstrained":
+        bias = tl.load(bias_ptr + first_row + index, mask=index < N, other=0.0)[None, :]
+        grad = sigmoid_bwd(grad, gate(raw, alpha, bias, PROJECTION), scale)
+    grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
+    tl.store(partial_ptr + first_row + index, tl.sum(grad, axis=0), mask=index < N)
+    tl.store(partial_ptr + M + first_row + index, tl.sum(grad_gate, axis=0), mask=index < N)
+    mask = (index < N)[None, :] & (tokens < T)[:, None]
+    rows = (first_row + index)[None, :]
+    projected = grad_raw * inverse_rms[:, None]
+    store_projected(projected_ptr, projected, rows, tokens[:, None], mask, T, M, PARTS)
+    return tl.sum(grad_raw * raw, axis=1)
+
+
+@triton.jit
+def matrix_bwd(
+    grad,
+    raw_ptr,
+    alpha_ptr,
+    bias_ptr,
+    projected_ptr,
+    partial_ptr,
+    history_ptr,
+    tokens,
+    inverse_rms,
+    T,
+    eps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
+    """H_res of n^2 logits from [BT, NP, NP] ``grad``; returns as ``vector_bwd``."""
+    raw = load_matrix(raw_ptr, 2 * N, tokens, T, N, NP)
+    alpha = tl.load(alpha_ptr)
+    if PROJECTION != "unconstrained":
+        V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
+        logits = pad_logits(gate(raw, alpha, load_bias_matrix(bias_ptr, N, NP), PROJECTION), N, NP)
+        grad = sinkhorn_bwd(logits, grad, eps, history_ptr, tokens, T, N, NP, ITERATIONS, V4)
+    grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
+    o, i = stream_index(NP)
+    inside = (o < N) & (i < N)
+    rows = 2 * N + o * N + i
+    partials = partial_ptr + tl.reshape(rows, [NP, NP])
+    tl.store(partials, tl.sum(grad, axis=0), mask=tl.reshape(inside, [NP, NP]))
+    tl.store(partials + M, tl.sum(grad_gate, axis=0), mask=tl.reshape(inside, [NP, NP]))
+    mask = inside & (tokens < T)[:, None, None]
+    projected = grad_raw * inverse_rms[:, None, None]
+    store_projected(projected_ptr, projected, rows, tokens[:, None, None], mask, T, M, PARTS)
+    return tl.sum(tl.sum(grad_raw * raw, axis=2), axis=1)
+
+
+@triton.jit
+def permutation_bwd(
+    grad,
+    raw_ptr,
+    alpha_ptr,
+    bias_ptr,
+    matrices_ptr,
+    projected_ptr,
+    partial_ptr,
+    tokens,
+    inverse_rms,
+    T,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """H_res of n! logits; returns as ``vector_bwd``."""
+    R: tl.constexpr = M - 2 * N
+    alpha = tl.load(alpha_ptr)
+    highest, total, mean = permutation_moments(
+        grad, raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, T, N, NP, R
+    )
+    radial = tl.zeros(tokens.shape, tl.float32)
+    for k in range(R):
+        raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=tokens < T, other=0.0)
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+        # weights = logits.softmax(dim=-1); res = sum_k weights_k P_k
+        grad_weight = matrix_inner(grad, permutation_matrix(matrices_ptr, k, N, NP))
+        grad_logit = tl.exp(logit - highest) / total * (grad_weight - mean)
+        grad_logit = tl.where(tokens < T, grad_logit, 0.0)
+        tl.store(partial_ptr + 2 * N + k, tl.sum(grad_logit, axis=0))
+        tl.store(partial_ptr + M + 2 * N + k, tl.sum(grad_logit * raw, axis=0))
+        grad_raw = grad_logit * alpha
+        projected = grad_raw * inverse_rms
+        store_projected(projected_ptr, projected, 2 * N + k, tokens, tokens < T, T, M, PARTS)
+        radial += grad_raw * raw
+    return radial
+
+
+@triton.jit
+def matrix_inner(left, right):
+    return tl.sum(tl.sum(left * right, axis=2), axis=1)
+
+
+@triton.jit
+def permutation_moments(
+    grad,
+    raw_ptr,
+    alpha,
+    bias_ptr,
+    matrices_ptr,
+    tokens,
+    T,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Maximum and sum of the softmax, and the mean of the weights' gradients under it."""
+    highest = tl.full(tokens.shape, float("-inf"), tl.float32)
+    total = tl.zeros(tokens.shape, tl.float32)
+    mean = tl.zeros(tokens.shape, tl.float32)
+    for k in range(R):
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+        grad_weight = matrix_inner(grad, permutation_matrix(matrices_ptr, k, N, NP))
+        higher = tl.maximum(highest, logit)
+        shrink = tl.exp(highest - higher)
+        share = tl.exp(logit - higher)
+        total = total * shrink + share
+        mean = mean * shrink + share * grad_weight
+        highest = higher
+    return highest, total, mean / total
+
+
+@triton.jit
+def mix_bwd(
+    y_ptr,
+    grad_u_ptr,
+    grad_packed_ptr,
+    raw_ptr,
+    alpha_pre_ptr,
+    alpha_post_ptr,
+    alpha_res_ptr,
+    bias_ptr,
+    matrices_ptr,
+    projected_ptr,
+    radial_ptr,
+    partial_ptr,
+    history_ptr,
+    T,
+    eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    HAS_GRAD_PACKED: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of ``vec(y) phi`` ([PARTS * M, T]), of the RMS, and parts of bias and alpha.
+
+    ``radial``: [T], c in ``grad y += c y``, what the division by the RMS contributes.
+    ``partial``: [programs, 2 M], sums over the program's tokens of the logits' gradients and of
+    their products with the raw logits. ``history``: scratch of ``sinkhorn_fwd``.
+    """
+    T = tl.cast(T, tl.int64)
+    first, tokens, live = token_rows(T, BT)
+    K: tl.constexpr = N * C
+    index = tl.arange(0, NP)
+    if HAS_GRAD_PACKED:
+        grad_pre = load_vector(grad_packed_ptr, 0, tokens, T, N, NP)
+        grad_post = load_vector(grad_packed_ptr, N, tokens, T, N, NP)
+    else:
+        grad_pre = tl.zeros([BT, NP], tl.float32)
+        grad_post = tl.zeros([BT, NP], tl.float32)
+    if not SINGLE_PASS:
+        sums = ()
+        for _ in tl.static_range(N):
+            sums = sums + (tl.zeros([BT, BC // VECTOR], tl.float32),)
+        rows = tl.arange(0, BT)[:, None]
+        y_ptr += first * K
+        grad_u_ptr += first * C
+        for c in tl.range(0, C, BC, num_stages=STAGES):
+            mask = channel_mask(live, c, C, BC)
+            y = load_streams(y_ptr + rows * K, c, mask, N, C, BC)
+            u_pointers = grad_u_ptr + rows * C + (c + tl.arange(0, BC))[None, :]
+            grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+            # u = sum_i H_pre[i] x[i]: grad_pre[i] = sum_c grad_u x[i]
+            added = ()
+            for i in tl.static_range(N):
+                added = added + (sums[i] + lane_sums(grad_u * y[i], BT, BC, VECTOR),)
+            sums = added
+        for i in tl.static_range(N):
+            grad_pre += tl.where((index == i)[None, :], tl.sum(sums[i], axis=1)[:, None], 0.0)
+
+    inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
+    partial_ptr += tl.program_id(0).to(tl.int64) * (2 * M)
+    radial = vector_bwd(
+        grad_pre,
+        0,
+        1.0,
+        raw_ptr,
+        alpha_pre_ptr,
+        bias_ptr,
+        projected_ptr,
+        partial_ptr,
+        tokens,
+        inverse_rms,
+        T,
+        N,
+        NP,
+        M,
+        PARTS,
+        PROJECTION,
+    )
+    radial += vector_bwd(
+        grad_post,
+        N,
+        2.0,
+        raw_ptr,
+        alpha_post_ptr,
+        bias_ptr,
+        projected_ptr,
+        partial_ptr,
+        tokens,
+        inverse_rms,
+        T,
+        N,
+        NP,
+        M,
+        PARTS,
+        PROJECTION,
+    )
+    if PROJECTION != "identity":
+        if HAS_GRAD_PACKED:
+            grad_res = load_matrix(grad_packed_ptr, 2 * N, tokens, T, N, NP)
+        else:
+            grad_res = tl.zeros([BT, NP, NP], tl.float32)
+        if PROJECTION == "permutation":
+            radial += permutation_bwd(
+                grad_res,
+                raw_ptr,
+                alpha_res_ptr,
+                bias_ptr,
+                matrices_ptr,
+                projected_ptr,
+                partial_ptr,
+                tokens,
+                inverse_rms,
+                T,
+                N,
+                NP,
+                M,
+                PARTS,
+            )
+        else:
+            radial += matrix_bwd(
+                grad_res,
+                raw_ptr,
+                alpha_res_ptr,
+                bias_ptr,
+                projected_ptr,
+                partial_ptr,
+                history_ptr,
+                tokens,
+                inverse_rms,
+                T,
+                eps,
+                N,
+                NP,
+                M,
+                PARTS,
+                PROJECTION,
+                ITERATIONS,
+            )
+    # raw = proj / rms, rms^2 = mean(x^2) + eps: grad x += -(grad_raw . raw) / (K rms^2) x
+    tl.store(radial_ptr + tokens, -radial * inverse_rms * inverse_rms / K, mask=live)

@@ -1,0 +1,215 @@
+"""Backward, second pass: the gradients of streams, branch and previous mappings, read once."""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.tile_math import (
+    channel_mask,
+    dot,
+    lane_sums,
+    load_branch,
+    load_coefficients,
+    load_streams,
+    post_mix_stream,
+    token_rows,
+)
+
+
+@triton.jit
+def load_projected(
+    projected_ptr, part: tl.constexpr, tokens, live, T, M: tl.constexpr, MP: tl.constexpr
+):
+    """One part of the gradient of ``vec(y) phi``, [BT, MP]."""
+    m = tl.arange(0, MP)
+    pointers = projected_ptr + (part * M + m)[None, :] * T + tokens[:, None]
+    return tl.load(pointers, mask=live[:, None] & (m < M)[None, :], other=0.0)
+
+
+@triton.jit
+def projected_product(
+    high,
+    low,
+    weight_rows,
+    offset,
+    mask,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``grad_projected @ phi`` on one tile of columns, from TERMS products of the parts."""
+    pointers = weight_rows + offset
+    product = tl.zeros([BT, BC], tl.float32)
+    weight = tl.load(pointers, mask=mask, other=0.0)
+    product = dot(high, weight, product, PRECISION)
+    if TERMS >= 2:
+        product = dot(low, weight, product, PRECISION)
+    if TERMS == 3:
+        weight_low = tl.load(pointers + M * K, mask=mask, other=0.0)
+        product = dot(high, weight_low, product, PRECISION)
+    return product
+
+
+@triton.jit
+def store_sums(base_ptr, sums, first_row, tokens, live, T, ROWS: tl.constexpr):
+    for row in tl.static_range(ROWS):
+        tl.store(base_ptr + (first_row + row) * T + tokens, tl.sum(sums[row], axis=1), mask=live)
+
+
+@triton.jit
+def zero_sums(ROWS: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([BT, WIDTH], tl.float32),)
+    return sums
+
+
+@triton.jit
+def streams_bwd(
+    grad_y_ptr,
+    grad_u_ptr,
+    x_ptr,
+    branch_ptr,
+    branch_bias_ptr,
+    packed_ptr,
+    next_packed_ptr,
+    projected_ptr,
+    radial_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    grad_branch_ptr,
+    grad_packed_ptr,
+    T,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_GRAD_Y: tl.constexpr,
+    HAS_PRE: tl.constexpr,
+    HAS_POST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of ``post_pre``; of ``post`` without HAS_PRE, of ``pre`` without HAS_POST (y is x).
+
+    The new streams y are built again from x and the branch, rounded as in the forward pass.
+    SINGLE_PASS took H_pre from ``packed``; its gradient goes there.
+    """
+    T = tl.cast(T, tl.int64)
+    first, tokens, live = token_rows(T, BT)
+    K: tl.constexpr = N * C
+    rows = tl.arange(0, BT)[:, None] * K
+    branch_rows = tl.arange(0, BT)[:, None] * C
+    columns = tl.arange(0, BC)
+    x_ptr += first * K
+    grad_x_ptr += first * K
+    if HAS_GRAD_Y:
+        grad_y_ptr += first * K
+    if HAS_POST:
+        branch_ptr += first * C
+        grad_branch_ptr += first * C
+        post = load_coefficients(packed_ptr, N, tokens, live, T, N)
+        res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
+        post_sums = zero_sums(N, BT, BC // VECTOR)
+        res_sums = zero_sums(N * N, BT, BC // VECTOR)
+    if HAS_PRE:
+        grad_u_ptr += first * C
+        read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
+        read = load_coefficients(read_ptr, 0, tokens, live, T, N)
+        radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
+        high = load_projected(projected_ptr, 0, tokens, live, T, M, MP)
+        low = high
+        if TERMS >= 2:
+            low = load_projected(projected_ptr, 1, tokens, live, T, M, MP)
+        m = tl.arange(0, MP)[:, None]
+        weight_rows = weight_ptr + m * K + columns[None, :]
+    if SINGLE_PASS:
+        read_sums = zero_sums(N, BT, BC // VECTOR)
+
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        mask = channel_mask(live, c, C, BC)
+        x = load_streams(x_ptr + rows, c, mask, N, C, BC)
+        if HAS_POST:
+            branch = load_branch(
+                branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
+            )
+            grad_branch = tl.zeros([BT, BC], tl.float32)
+        if HAS_PRE:
+            u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
+            grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+        grad_x = ()
+        if HAS_POST:
+            grad_x = zero_sums(N, BT, BC)
+            next_post_sums = ()
+            next_res_sums = ()
+        if SINGLE_PASS:
+            next_read_sums = ()
+        for o in tl.static_range(N):
+            grad = tl.zeros([BT, BC], tl.float32)
+            if HAS_GRAD_Y:
+                grad_y_pointers = grad_y_ptr + rows + (o * C + c + columns)[None, :]
+                grad = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
+            if HAS_PRE:
+                y = x[o]
+                if HAS_POST:
+                    # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
+                    y = post_mix_stream(x, branch, post, res, o, N)
+                    y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+                # three uses of x': raw's product with phi, its division by the RMS, and the read
+                grad += radial[:, None] * y + read[o][:, None] * grad_u
+                grad += projected_product(
+                    high,
+                    low,
+                    weight_rows,
+                    o * C + c,
+                    (m < M) & (c + columns < C)[None, :],
+                    M,
+                    K,
+                    BT,
+                    BC,
+                    TERMS,
+                    PRECISION,
+                )
+                if SINGLE_PASS:
+                    read_sum = read_sums[o] + lane_sums(grad_u * y, BT, BC, VECTOR)
+                    next_read_sums = next_read_sums + (read_sum,)
+            if HAS_POST:
+                # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
+                grad_branch += post[o][:, None] * grad
+                post_sum = post_sums[o] + lane_sums(grad * branch, BT, BC, VECTOR)
+                next_post_sums = next_post_sums + (post_sum,)
+                mixed = ()
+                for i in tl.static_range(N):
+                    mixed = mixed + (grad_x[i] + res[o * N + i][:, None] * grad,)
+                    res_sum = res_sums[o * N + i] + lane_sums(grad * x[i], BT, BC, VECTOR)
+                    next_res_sums = next_res_sums + (res_sum,)
+                grad_x = mixed
+            else:
+                grad_x = grad_x + (grad,)
+        for i in tl.static_range(N):
+            pointers = grad_x_ptr + rows + (i * C + c + columns)[None, :]
+            tl.store(pointers, grad_x[i].to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if HAS_POST:
+            post_sums = next_post_sums
+            res_sums = next_res_sums
+            pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
+            tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
+        if SINGLE_PASS:
+            read_sums = next_read_sums
+
+    if HAS_POST:
+        if SINGLE_PASS:
+            store_sums(grad_packed_ptr, read_sums, 0, tokens, live, T, N)
+        else:
+            for row in tl.static_range(N):
+                tl.store(grad_packed_ptr + row * T + tokens, tl.zeros([BT], tl.float32), mask=live)
+        store_sums(grad_packed_ptr, post_sums, N, tokens, live, T, N)
+        store_sums(grad_packed_ptr, res_sums, 2 * N, tokens, live, T, N * N)

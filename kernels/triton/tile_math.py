@@ -1,0 +1,92 @@
+"""Device functions on tiles of streams: loads, mixes and products, unrolled over the n streams.
+
+Streams are tuples of n [BT, BC] tiles, not one [BT, n, BC] block: a sum over streams is then plain
+arithmetic in registers, in the layout that the loads chose.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_rows(T, BT: tl.constexpr):
+    """The program's first token, int64; indices of its tokens; which of them exist.
+
+    The first goes into a scalar pointer, so that offsets within a tile are 32-bit and shared.
+    """
+    first = tl.program_id(0).to(tl.int64) * BT
+    tokens = first + tl.arange(0, BT)
+    return first, tokens, tokens < T
+
+
+@triton.jit
+def channel_mask(live, c, C: tl.constexpr, BC: tl.constexpr):
+    """[BT, BC]; without a tail only the tokens can be missing."""
+    if C % BC == 0:
+        mask = live[:, None]
+    else:
+        mask = live[:, None] & (c + tl.arange(0, BC) < C)[None, :]
+    return mask
+
+
+@triton.jit
+def load_coefficients(packed_ptr, first_row, tokens, live, T, ROWS: tl.constexpr):
+    """ROWS rows of [rows, T] as a tuple of [BT]."""
+    rows = ()
+    for row in tl.static_range(ROWS):
+        rows = rows + (tl.load(packed_ptr + (first_row + row) * T + tokens, mask=live, other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_streams(row_ptrs, c, mask, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """n [BT, BC] tiles in float32; ``row_ptrs`` [BT, 1] points at each token's first number."""
+    streams = ()
+    for i in tl.static_range(N):
+        pointers = row_ptrs + (i * C + c + tl.arange(0, BC))[None, :]
+        streams = streams + (tl.load(pointers, mask=mask, other=0.0).to(tl.float32),)
+    return streams
+
+
+@triton.jit
+def load_branch(
+    row_ptrs, bias_ptr, c, mask, HAS_BIAS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr
+):
+    """The branch's output with its bias, [BT, BC] in float32."""
+    columns = c + tl.arange(0, BC)
+    branch = tl.load(row_ptrs + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        branch += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    return branch
+
+
+@triton.jit
+def post_mix_stream(streams, branch, post, res, o: tl.constexpr, N: tl.constexpr):
+    """``sum_i res[o, i] x[i] + post[o] f``, stream o of the next state before rounding."""
+    mixed = post[o][:, None] * branch
+    for i in tl.static_range(N):
+        mixed += res[o * N + i][:, None] * streams[i]
+    return mixed
+
+
+@triton.jit
+def dot(left, right, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + left @ right``.
+
+    The interpreter multiplies bfloat16 operands as integers; "interpreter" widens them first,
+    which changes no product.
+    """
+    if PRECISION == "interpreter":
+        product = tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator)
+    else:
+        product = tl.dot(left, right, accumulator, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def lane_sums(product, BT: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums over the VECTOR neighbouring channels that one thread holds: [BT, BC / VECTOR].
+
+    No thread needs another's numbers until the loop over the channels is done.
+    """
+    return tl.sum(tl.reshape(product, [BT, BC // VECTOR, VECTOR]), axis=2)

@@ -1,0 +1,81 @@
+"""Tile sizes: one table by number of streams and dtype, which callers can override.
+
+The choices decide speed, and through the order of sums the last bits, but no other property.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One kernel's tile: BT tokens by BC channels (powers of two), warps, and pipeline stages."""
+
+    tokens: int
+    channels: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The tiles of one hyper-connection's kernels.
+
+    Attributes:
+        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16.
+        post: ``post_fwd``, post alone.
+        mix_backward: ``mix_bwd``, the gradients of the coefficients.
+        streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
+        weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
+        weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
+            make 320 programs of 4096 tokens and 4 x 2560 channels.
+        product_terms: of bfloat16 streams, products of the two parts in ``grad_projected @ phi``:
+            high by high (1), low by high (2), high by low (3). Two leave phi rounded to 8 bits,
+            an error of up to 5e-4 in the gradients of the mappings that wrote the streams.
+    """
+
+    mix: Tile
+    post: Tile
+    mix_backward: Tile
+    streams_backward: Tile
+    weight_backward: Tile
+    weight_split: int = 1024
+    product_terms: int = 3
+
+
+@cache
+def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
+    """The table.
+
+    Args:
+        num_streams: n.
+        channels: C.
+        dtype: the streams'.
+    """
+    if num_streams > 4:
+        # phi has M = 80 rows: more tokens per tile, or reading it costs more than the streams.
+        return Tiles(
+            mix=Tile(tokens=32, channels=32, num_warps=8, num_stages=1),
+            post=Tile(tokens=16, channels=64, num_stages=1),
+            mix_backward=Tile(tokens=16, channels=64),
+            streams_backward=Tile(tokens=16, channels=32, num_stages=1),
+            weight_backward=Tile(tokens=32, channels=64),
+        )
+    if dtype != torch.bfloat16:
+        # float32 products of the parts need more registers and shared memory.
+        return Tiles(
+            mix=Tile(tokens=16, channels=32),
+            post=Tile(tokens=16, channels=64, num_stages=1),
+            mix_backward=Tile(tokens=16, channels=64),
+            streams_backward=Tile(tokens=16, channels=32, num_stages=2),
+            weight_backward=Tile(tokens=32, channels=64),
+        )
+    return Tiles(
+        mix=Tile(tokens=32, channels=64),
+        post=Tile(tokens=16, channels=128, num_stages=1),
+        mix_backward=Tile(tokens=16, channels=128),
+        streams_backward=Tile(tokens=16, channels=64, num_stages=2),
+        weight_backward=Tile(tokens=64, channels=128),
+    )

@@ -1,0 +1,99 @@
+"""Gradients of phi, alpha and bias: partial sums per program, then their sum in a fixed order."""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.tile_math import dot
+
+
+@triton.jit
+def weight_bwd(
+    y_ptr,
+    projected_ptr,
+    partial_ptr,
+    T,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``grad_phi = grad_projected^T vec(y)`` of SPLIT tokens and BK columns.
+
+    ``partial``: [splits, M, K] float32.
+    """
+    T = tl.cast(T, tl.int64)
+    columns = tl.program_id(0) * BK + tl.arange(0, BK)
+    split = tl.program_id(1)
+    first = split.to(tl.int64) * SPLIT
+    last = tl.minimum(first + SPLIT, T)
+    m = tl.arange(0, PARTS * MP) % MP
+    projected_rows = projected_ptr + ((tl.arange(0, PARTS * MP) // MP) * M + m)[:, None] * T
+    accumulator = tl.zeros([PARTS * MP, BK], tl.float32)
+    for step in tl.range(0, SPLIT, BT, num_stages=STAGES):
+        tokens = first + step + tl.arange(0, BT)
+        projected = tl.load(
+            projected_rows + tokens[None, :],
+            mask=(m < M)[:, None] & (tokens < last)[None, :],
+            other=0.0,
+        )
+        y = tl.load(
+            y_ptr + tokens[:, None] * K + columns[None, :],
+            mask=(tokens < last)[:, None] & (columns < K)[None, :],
+            other=0.0,
+        )
+        y = y.to(projected_ptr.dtype.element_ty)
+        accumulator = dot(projected, y, accumulator, PRECISION)
+    grad = tl.sum(tl.reshape(accumulator, [PARTS, MP, BK]), axis=0)
+    rows = tl.arange(0, MP)[:, None]
+    pointers = partial_ptr + (split * M + rows) * K + columns[None, :]
+    tl.store(pointers, grad, mask=(rows < M) & (columns < K)[None, :])
+
+
+@triton.jit
+def reduce_partials(
+    weight_partial_ptr,
+    partial_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    grad_alpha_ptr,
+    programs,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program 0: bias [M] and alpha [3] from [programs, 2 M]; the others: BLOCK numbers of phi."""
+    if tl.program_id(0) == 0:
+        lanes = tl.arange(0, LANES)
+        total = tl.zeros([ROWS, LANES], tl.float32)
+        for step in range(STEPS):
+            rows = step * ROWS + tl.arange(0, ROWS)
+            pointers = partial_ptr + rows[:, None].to(tl.int64) * (2 * M) + lanes[None, :]
+            mask = (rows < programs)[:, None] & (lanes < 2 * M)[None, :]
+            total += tl.load(pointers, mask=mask, other=0.0)
+        sums = tl.sum(total, axis=0)
+        tl.store(grad_bias_ptr + lanes, sums, mask=lanes < M)
+        # logits = alpha * raw: the three gates share M products
+        gate = lanes - M
+        of_pre = tl.sum(tl.where((gate >= 0) & (gate < N), sums, 0.0), axis=0)
+        of_post = tl.sum(tl.where((gate >= N) & (gate < 2 * N), sums, 0.0), axis=0)
+        of_res = tl.sum(tl.where(gate >= 2 * N, sums, 0.0), axis=0)
+        tl.store(grad_alpha_ptr, of_pre)
+        tl.store(grad_alpha_ptr + 1, of_post)
+        tl.store(grad_alpha_ptr + 2, of_res)
+    else:
+        offsets = (tl.program_id(0) - 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < SIZE
+        grad = tl.zeros([BLOCK], tl.float32)
+        for split in tl.static_range(SPLITS):
+            grad += tl.load(weight_partial_ptr + split * SIZE + offsets, mask=mask, other=0.0)
+        tl.store(grad_weight_ptr + offsets, grad, mask=mask)

@@ -1,0 +1,147 @@
+"""Random operands of the fused operations, and one way to run reference and kernels on them.
+
+All parameters are random: at their initial values most gradients are zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mhc_megatron.kernels import MappingOptions, Mappings, compositions, functional
+
+_OPTIONS = MappingOptions(iterations=3, eps=1e-3, rms_eps=1e-2)
+OPERATIONS = ("pre", "post", "post_pre", "single_pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation at one size; eps are large enough to matter."""
+
+    operation: str = "post_pre"
+    tokens: int = 5
+    n: int = 4
+    channels: int = 40
+    dtype: torch.dtype = torch.float32
+    options: MappingOptions = _OPTIONS
+    branch_bias: bool = False
+
+    def with_projection(self, projection: str) -> "Case":
+        return replace(self, options=replace(self.options, projection=projection))
+
+
+def operands(case: Case, device: torch.device) -> dict[str, Tensor | None]:
+    """Leaves by name: states in the case's dtype, parameters and mappings in float32."""
+    tokens, n, channels = case.tokens, case.n, case.channels
+    num_logits = case.options.num_logits(n)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape).to(dtype).to(device)
+
+    leaves: dict[str, Tensor | None] = {"streams": randn(tokens, n, channels, dtype=case.dtype)}
+    if case.operation != "pre":
+        leaves["branch"] = randn(tokens, channels, dtype=case.dtype)
+        leaves["branch_bias"] = randn(channels, dtype=case.dtype) if case.branch_bias else None
+        leaves["mix_pre"] = torch.rand(tokens, n).to(device)
+        leaves["mix_post"] = 2 * torch.rand(tokens, n).to(device)
+        leaves["mix_res"] = torch.rand(tokens, n, n).softmax(-1).to(device)
+    if case.operation != "post":
+        leaves["weight"] = randn(num_logits, n * channels) * (n * channels) ** -0.5
+        leaves["alpha_pre"], leaves["alpha_post"] = randn(1), randn(1)
+        leaves["alpha_res"] = None if case.options.projection == "identity" else randn(1)
+        leaves["bias"] = randn(num_logits)
+    return leaves
+
+
+def arguments(case: Case, leaves: dict[str, Tensor | None]) -> tuple[list, dict]:
+    """Positional and keyword arguments of the case's operation."""
+    positional: list = [leaves["streams"]]
+    keywords: dict = {}
+    if case.operation != "pre":
+        mix = Mappings(leaves["mix_pre"], leaves["mix_post"], leaves["mix_res"])
+        positional += [leaves["branch"], mix]
+        keywords["branch_bias"] = leaves["branch_bias"]
+    if case.operation != "post":
+        gates = (leaves["alpha_pre"], leaves["alpha_post"], leaves["alpha_res"])
+        positional += [leaves["weight"], gates, leaves["bias"]]
+        keywords["options"] = case.options
+    return positional, keywords
+
+
+def flatten(operation: str, outputs: object) -> dict[str, Tensor]:
+    """Outputs by name."""
+    if operation == "post":
+        return {"streams": outputs}
+    *states, mix = outputs
+    named = dict(zip(("streams", "u")[-len(states) :], states, strict=True))
+    return {**named, "pre": mix.pre, "post": mix.post, "res": mix.res}
+
+
+def run_kernels(case: Case, leaves: dict[str, Tensor | None], **keywords: object) -> dict:
+    positional, options = arguments(case, leaves)
+    function = getattr(functional, case.operation)
+    outputs = function(*positional, **options, backend="triton", **keywords)
+    return flatten(case.operation, outputs)
+
+
+def run_reference(
+    case: Case, leaves: dict[str, Tensor | None], rounded: Tensor | None = None
+) -> dict:
+    """The composition; ``rounded`` are the new streams as the kernels store them.
+
+    ``pre`` reads the stored streams, so the definition for float64 replaces the numbers of the new
+    streams by the stored ones, and passes gradients through.
+    """
+    if rounded is None or case.operation not in ("post_pre", "single_pass"):
+        positional, options = arguments(case, leaves)
+        function = getattr(compositions, case.operation)
+        return flatten(case.operation, function(*positional, **options))
+    post_leaves = arguments(replace(case, operation="post"), leaves)
+    streams = compositions.post(*post_leaves[0], **post_leaves[1])
+    stored = streams + (rounded.to(streams.dtype) - streams).detach()
+    positional, options = arguments(replace(case, operation="pre"), {**leaves, "streams": stored})
+    u, mix = compositions.pre(*positional, **options)
+    if case.operation == "single_pass":
+        u = (leaves["mix_pre"].unsqueeze(-1) * stored).sum(dim=-2)
+    return flatten(case.operation, (streams, u, mix))
+
+
+def with_gradients(
+    run: Callable[[dict], dict[str, Tensor]],
+    leaves: dict[str, Tensor | None],
+    output_gradients: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Outputs, and as ``d_<leaf>`` the gradients of all leaves; ``dtype`` casts them first."""
+    leaves = {
+        name: None if leaf is None else leaf.detach().to(dtype or leaf.dtype).requires_grad_()
+        for name, leaf in leaves.items()
+    }
+    outputs = run(leaves)
+    used = {name: out for name, out in outputs.items() if name in output_gradients}
+    used = {name: out for name, out in used.items() if out.requires_grad}
+    named = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    gradients = torch.autograd.grad(
+        list(used.values()),
+        list(named.values()),
+        [output_gradients[name].to(out.dtype) for name, out in used.items()],
+        allow_unused=True,
+    )
+    result = {name: out.detach() for name, out in outputs.items()}
+    for (name, leaf), gradient in zip(named.items(), gradients, strict=True):
+        result[f"d_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return result
+
+
+def random_gradients(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.randn(out.shape).to(out.device).to(out.dtype) for name, out in outputs.items()
+    }
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``, in float64."""
+    norm = expected.double().norm()
+    error = (got.double() - expected.double()).norm()
+    return float(error if norm == 0 else error / norm)
