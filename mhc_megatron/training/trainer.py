@@ -23,6 +23,7 @@ from mhc_megatron.training.model import (
     wrap_data_parallel,
 )
 from mhc_megatron.training.optimizer import build_optimizer, update_groups
+from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.probe import Mappings, probe_mappings
 from mhc_megatron.training.step import Batch, run_step
 
@@ -75,6 +76,7 @@ class Trainer:
         self.chunks = wrap_data_parallel(config, self.megatron_config, self.bare_chunks)
         self.optimizer = build_optimizer(config, self.chunks)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        self.forward_backward = forward_backward_func(config, self.megatron_config)
 
     def resume(self) -> int:
         """Load the newest complete checkpoint; returns the completed steps, 0 without one."""
@@ -109,7 +111,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = run_step(
-            self.config, self.megatron_config, self.chunks, self._batches(self.train_data, step)
+            self.config, self.forward_backward, self.chunks, self._batches(self.train_data, step)
         )
         require_finite("loss", loss, step + 1)
         _, grad_norm, _ = self.optimizer.step()
@@ -138,7 +140,7 @@ class Trainer:
             losses = [
                 run_step(
                     self.config,
-                    self.megatron_config,
+                    self.forward_backward,
                     self.chunks,
                     self._batches(self.valid_data, index),
                     forward_only=True,

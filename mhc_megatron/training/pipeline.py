@@ -1,0 +1,52 @@
+"""Which schedule a run's pipeline follows, and who runs it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mhc_megatron.megatron.p2p import stream_p2p
+from mhc_megatron.megatron.schedule import ForwardBackward
+from mhc_megatron.pipeline.catalogue import generate
+from mhc_megatron.pipeline.distributed import DistributedTransport
+from mhc_megatron.pipeline.schedule import Schedule
+from mhc_megatron.training.config import TrainConfig
+
+ForwardBackwardFunction = Callable[..., list[Any]]
+
+
+def pipeline_schedule(config: TrainConfig) -> Schedule:
+    """The schedule of a run whose ``parallel.schedule`` is not ``megatron``."""
+    layout = config.parallel
+    return generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
+
+
+def forward_backward_func(
+    config: TrainConfig, megatron_config: TransformerConfig
+) -> ForwardBackwardFunction:
+    """What runs a step's forwards and backwards, with Megatron's keywords.
+
+    Made once for a run, by all ranks together: a schedule of ours connects its neighbours here.
+
+    Returns:
+        Megatron's own function, with p2p of n streams where they cross ranks, or a
+        ``ForwardBackward``.
+    """
+    num_streams = config.mhc.num_streams if config.model.residual == "mhc" else 1
+    if config.parallel.schedule != "megatron":
+        group = parallel_state.get_pipeline_model_parallel_group()
+        schedule = pipeline_schedule(config)
+        transport = DistributedTransport(
+            schedule,
+            torch.distributed.get_process_group_ranks(group),
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        return ForwardBackward(schedule, transport, num_streams=num_streams)
+    function = get_forward_backward_func()
+    if num_streams > 1 and config.parallel.pipeline > 1:
+        return partial(function, **stream_p2p(megatron_config, config.mhc))
+    return function
