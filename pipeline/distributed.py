@@ -22,7 +22,7 @@ _POLL = 1e-4  # seconds
 
 
 class DistributedTransport:
-    """One rank's end of a pipeline's communicators. Made by all ranks of the pipeline together.
+    """One rank's end of a pipeline's communicators. Made by all processes of the world together.
 
     Sends are asynchronous; a sent tensor is held with its work until that is complete (gloo says
     so only when it is waited for, which is at the end of the step). On NCCL a receive makes the
@@ -31,7 +31,8 @@ class DistributedTransport:
 
     Args:
         schedule: its placement says which ranks talk to each other.
-        ranks: global rank of every rank of the pipeline.
+        ranks: global rank of every rank of this process's pipeline; beside it the world may hold
+            others with the same schedule.
         device: of the messages: CPU for gloo, this process's GPU for NCCL.
         timeout: until a message that does not arrive, or go, is an error.
 
@@ -53,18 +54,20 @@ class DistributedTransport:
         self._sent: deque[tuple[Transfer, dist.Work, Tensor]] = deque()
         self._last: dict[int, DistributedReceipt] = {}
         self._edges: dict[tuple[int, int], dist.ProcessGroup] = {}
-        for edge in edges_of(schedule):
-            if self.rank in edge:
-                self._edges[edge] = self._connect(edge, device)
+        pipelines = _pipelines(ranks)
+        for source, target in edges_of(schedule):
+            for pipeline in pipelines:
+                pair = [pipeline[source], pipeline[target]]
+                # NCCL's own watchdog ends a process without naming an action: ours comes first.
+                group = dist.new_group(pair, timeout=2 * timeout)
+                if dist.get_rank() in pair:
+                    self._edges[source, target] = group
+        for edge, group in self._edges.items():
+            self._try(edge, group, device)
 
-    def _connect(self, edge: tuple[int, int], device: torch.device) -> dist.ProcessGroup:
-        """Make an edge's communicator and send one element over it."""
+    def _try(self, edge: tuple[int, int], group: dist.ProcessGroup, device: torch.device) -> None:
+        """Send one element over an edge, which connects its ends."""
         source, target = (self._ranks[end] for end in edge)
-        # NCCL's own watchdog ends the process without naming an action: ours comes first.
-        group = dist.new_group(
-            [source, target], timeout=2 * self.timeout, use_local_synchronization=True
-        )
-        assert group is not None
         element = torch.zeros(1, device=device)
         try:
             if edge[0] == self.rank:
@@ -74,7 +77,6 @@ class DistributedTransport:
             _complete(work, element, self.timeout)
         except RuntimeError as error:
             raise TransferError(f"ranks {edge} of the pipeline cannot connect: {error}") from error
-        return group
 
     def send(self, transfer: Transfer, tensor: Tensor) -> None:
         """As in ``Transport``."""
@@ -138,6 +140,13 @@ class DistributedReceipt:
         """The received tensor."""
         self.transport.arrived(self)
         return self.tensor
+
+
+def _pipelines(ranks: Sequence[int]) -> list[list[int]]:
+    """The ranks of all pipelines of the world, in one order for all."""
+    found: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, list(ranks))
+    return sorted({tuple(pipeline): pipeline for pipeline in found}.values())
 
 
 def _complete(work: dist.Work | None, tensor: Tensor, timeout: timedelta) -> None:

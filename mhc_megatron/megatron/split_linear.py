@@ -38,7 +38,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, path: Tensor) -> Tensor:
-        return output.view_as(output)
+        return output.detach()  # not a view, which the loss could not change in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
