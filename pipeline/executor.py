@@ -9,8 +9,8 @@ from torch.profiler import record_function
 from mhc_megatron.pipeline.actions import Action, Compute, Op, Overlap, Transfer
 from mhc_megatron.pipeline.dataflow import message_of
 from mhc_megatron.pipeline.lower import Program
-from mhc_megatron.pipeline.measure import Stopwatch
 from mhc_megatron.pipeline.stage import Stage
+from mhc_megatron.pipeline.stopwatch import Stopwatch
 from mhc_megatron.pipeline.transport import Message, Receipt, Transport
 
 _BEFORE, _AFTER = 8, 4  # items of the program around a failed one, in the message

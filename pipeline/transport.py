@@ -1,6 +1,7 @@
 """How messages travel between the ranks of a pipeline."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -73,7 +74,7 @@ def edges_of(schedule: Schedule) -> list[tuple[int, int]]:
     edges = set()
     for mb in {0, schedule.num_mb - 1}:  # of either direction, where there are two
         ranks = [placement.rank_of(stage, mb) for stage in range(schedule.num_stages)]
-        for here, there in zip(ranks[:-1], ranks[1:], strict=True):
+        for here, there in pairwise(ranks):
             if here != there:
                 edges |= {(here, there), (there, here)}
     return sorted(edges, key=lambda edge: (min(edge), max(edge), edge))

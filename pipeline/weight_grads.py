@@ -100,6 +100,8 @@ class WeightGrads:
                 self._now.append(leaf.variable)
             else:
                 self._pieces.setdefault(owner, []).append(leaf.variable)
+        if not self._pieces:
+            self.unsplit = "every parameter's gradient is computed with the input's"
 
 
 def _children(node: Node) -> Iterator[Any]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from mhc_megatron.errors import UserError
 from mhc_megatron.pipeline.executor import ExecutionError, execute
 from mhc_megatron.pipeline.lower import Program, lower_rank
-from mhc_megatron.pipeline.measure import Stopwatch
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stage import AutogradStage
+from mhc_megatron.pipeline.stopwatch import Stopwatch
 from mhc_megatron.pipeline.transport import Message, Transport
 from mhc_megatron.pipeline.validate import validate
 

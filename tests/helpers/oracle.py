@@ -5,7 +5,6 @@ from typing import Any
 
 from helpers import layouts
 from helpers.pool import WorkerPool
-
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layouts
 from helpers.oracle import (
     DENSE,
     EXACT,
@@ -24,7 +23,6 @@ from megatron.core import __version__ as core_version
 from packaging.version import Version
 
 from mhc_megatron.config import MHCConfig, Projection
-from mhc_megatron.training.config import TrainConfig
 
 # name: (layout, what else differs, largest relative error of any gradient)
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {

@@ -14,6 +14,7 @@ PURE = (
     "dual",
     "errors",
     "lower",
+    "measure",
     "memory",
     "placement",
     "recompute",
