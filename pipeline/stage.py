@@ -46,7 +46,7 @@ class AutogradStage:
     unless the last operation saved it.
 
     Args:
-        function: ``(micro-batch, input or None) -> output``; of the last stage a scalar loss. Under
+        function: ``(micro-batch, input or None) -> output``; of the last stage a loss. Under
             ``no_grad`` nothing is kept.
         name: for the log.
     """
@@ -64,7 +64,7 @@ class AutogradStage:
             x.requires_grad_()
         output = self._function(mb, x)
         if output.requires_grad:
-            seed = torch.ones_like(output) if output.dim() == 0 else None
+            seed = torch.ones_like(output) if output.numel() == 1 else None
             self._graphs[mb] = (x, get_gradient_edge(output), seed)
         return output.detach()
 

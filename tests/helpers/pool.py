@@ -79,17 +79,17 @@ class WorkerPool:
         return [returned[rank] for rank in range(world_size)]
 
     def failures(
-        self, function: Callable[..., Any], world_size: int, *arguments: Any
+        self, function: Callable[..., Any], world_size: int, *arguments: Any, expected: int
     ) -> dict[int, str]:
-        """The tracebacks of a job that fails on several ranks; the pool is used up afterwards."""
+        """The first ``expected`` tracebacks of a job that fails; the pool is used up afterwards."""
         port = _free_port()
         for jobs in self.jobs[:world_size]:
             jobs.put((function, arguments, world_size, port))
         found: dict[int, str] = {}
         deadline = time.monotonic() + self.timeout
-        while len(found) < world_size:
+        while len(found) < expected:
             rank, succeeded, value = self._next_result(deadline)
-            if rank < 0 or succeeded or rank in found:
+            if rank < 0 or succeeded:
                 break
             found[rank] = value
         self.close()
