@@ -68,6 +68,11 @@ COMMANDS = (
         examples=("mhc-megatron report runs/stdlib-small",),
     ),
     Command(
+        name="simulate",
+        summary="bubbles, step time and activations of a pipeline schedule, on paper",
+        module="mhc_megatron.launch.simulate",
+    ),
+    Command(
         name="doctor",
         summary="say what this machine can run, and what is missing",
         module="mhc_megatron.launch.doctor",

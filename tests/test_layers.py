@@ -17,7 +17,7 @@ _MAPPED = ("kernels", "pipeline", "launch")
 # All that these may import besides the standard library and their own folder.
 _ALLOWED: dict[str, set[str]] = {
     "mhc_megatron.kernels": {"torch", "triton"},
-    "mhc_megatron.pipeline": {"torch"},
+    "mhc_megatron.pipeline": {"numpy", "torch"},
 }
 _MAY_IMPORT_MEGATRON = ("mhc_megatron.megatron", "mhc_megatron.data", "mhc_megatron.training")
 _MAY_READ_ENVIRONMENT = ("mhc_megatron.launch", "mhc_megatron.megatron.compat")
@@ -36,6 +36,7 @@ _PURE = (
     "mhc_megatron.launch.local",
     "mhc_megatron.launch.machine",
     "mhc_megatron.launch.needs",
+    "mhc_megatron.launch.simulate",
 )
 
 

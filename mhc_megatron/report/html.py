@@ -7,6 +7,7 @@ from typing import Any
 
 from mhc_megatron.report import charts, page
 from mhc_megatron.report.metrics import RunInfo, replace_file
+from mhc_megatron.report.pipeline import execution_section, read_execution
 from mhc_megatron.report.run import Run, load_run, summarise
 from mhc_megatron.report.table import MISSING, number
 
@@ -18,7 +19,7 @@ def write_report(run_folder: Path | str) -> Path:
 
     Args:
         run_folder: a run directory with metrics.jsonl and, as far as there are any, gains.jsonl
-            and run.json.
+            and run.json, pipeline.json.
 
     Returns:
         The path of the report, ``run_folder/report.html``. It depends on the files alone: the same
@@ -37,6 +38,9 @@ def render_report(run: Run) -> str:
     """The HTML of ``write_report``."""
     name = run.folder.resolve().name
     sections = [_summary(name, run), _loss(run), _grad_norm(run), _speed(run), *_gains(run)]
+    execution = read_execution(run.folder)
+    if execution is not None:
+        sections.append(execution_section(*execution))
     if run.info is not None:
         sections.append(_configuration(run.info))
     return page.page(f"{name}: training report", heading=_heading(name, run), body=sections)
@@ -58,6 +62,8 @@ def layout_text(config: Mapping[str, Any]) -> str:
     parts = [f"{text}={parallel[key]}" for key, text in short.items() if parallel.get(key, 1) > 1]
     if parallel.get("sequence"):
         parts[0] += " + SP"
+    if parallel.get("schedule", "megatron") != "megatron":
+        parts.append(parallel["schedule"])
     if parallel.get("distributed_optimizer"):
         parts.append("distributed optimizer")
     world = 1

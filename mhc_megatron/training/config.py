@@ -7,6 +7,9 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 
 Residual = Literal["mhc", "plain"]
+PipelineSchedule = Literal["megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v"]
+
+_SCHEDULES = ("megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v")
 
 
 def _require_positive(section: str, config: object, *names: str) -> None:
@@ -85,8 +88,11 @@ class ParallelConfig:
     Attributes:
         tensor, pipeline, context, expert, data: TP, PP, CP, EP and DP sizes. EP lies inside
             DP x CP (Megatron's default order), so it must divide ``data * context``.
-        virtual: virtual stages (model chunks) per pipeline rank; above 1 the schedule is
+        virtual: virtual stages (model chunks) per pipeline rank; above 1 Megatron's schedule is
             interleaved 1F1B.
+        schedule: of the pipeline. ``megatron`` is Megatron's own, 1F1B or interleaved 1F1B; the
+            others run on the executor of ``mhc_megatron.pipeline``. ``dualpipe_v`` cuts the model
+            into two stages per pipeline rank.
         sequence: sequence parallelism (needs ``tensor`` > 1).
         distributed_optimizer: shard the optimizer states over data-parallel ranks.
     """
@@ -94,6 +100,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
+    schedule: PipelineSchedule = "megatron"
     context: int = 1
     expert: int = 1
     data: int = 1
@@ -113,11 +120,44 @@ class ParallelConfig:
                 f"parallel.virtual={self.virtual} needs parallel.pipeline > 1; "
                 "set parallel.virtual=1"
             )
+        self._check_schedule()
         if (self.data * self.context) % self.expert:
             raise UserError(
                 f"parallel.expert={self.expert} does not divide parallel.data * parallel.context "
                 f"= {self.data * self.context}"
             )
+
+    def _check_schedule(self) -> None:
+        name = self.schedule
+        if name == "dualpipe":
+            raise UserError(
+                "parallel.schedule='dualpipe' keeps two copies of every parameter, which training "
+                "does not reduce; use dualpipe_v, or mhc-megatron simulate to look at it"
+            )
+        if name == "interleaved":
+            raise UserError(
+                "parallel.schedule='interleaved' is Megatron's own; use parallel.virtual > 1 with "
+                "parallel.schedule='megatron'"
+            )
+        if name not in _SCHEDULES:
+            raise UserError(f"parallel.schedule={name!r} is not one of {', '.join(_SCHEDULES)}")
+        if name == "megatron":
+            return
+        if self.pipeline < 2:
+            raise UserError(
+                f"parallel.schedule={name!r} needs parallel.pipeline > 1; "
+                "set parallel.schedule=megatron"
+            )
+        if self.virtual > 1:
+            raise UserError(
+                f"parallel.virtual={self.virtual} is for parallel.schedule='megatron'; "
+                f"{name} has its own number of stages per rank; set parallel.virtual=1"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Model chunks over all pipeline ranks."""
+        return self.pipeline * (2 if self.schedule == "dualpipe_v" else self.virtual)
 
     @property
     def world_size(self) -> int:
@@ -231,12 +271,29 @@ class TrainConfig:
                 f"{self.parallel.data} = {per_step}; use a multiple of {per_step}"
             )
         layout, model = self.parallel, self.model
-        chunks = layout.pipeline * layout.virtual
-        if model.num_layers % chunks:
+        if model.num_layers % layout.num_stages:
+            per_rank = "2 stages of dualpipe_v" if layout.virtual == 1 else "parallel.virtual"
+            what = "parallel.pipeline"
+            if layout.num_stages > layout.pipeline:
+                what += f" * {per_rank}"
             raise UserError(
-                f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline * "
-                f"parallel.virtual = {chunks}"
+                f"model.num_layers={model.num_layers} is not divisible by {what} = "
+                f"{layout.num_stages}"
             )
+        if layout.schedule == "dualpipe_v":
+            if self.num_micro_batches < 2 * layout.pipeline:
+                raise UserError(
+                    f"{self.num_micro_batches} micro-batches per step are below "
+                    f"2 * parallel.pipeline = {2 * layout.pipeline}, which dualpipe_v needs; raise "
+                    "global_batch_size, lower micro_batch_size, or use parallel.schedule=zb_h1"
+                )
+            if model.mtp_num_layers is not None:
+                raise UserError(
+                    f"model.mtp_num_layers={model.mtp_num_layers} under dualpipe_v: Megatron "
+                    "builds these layers, and adds up their embedding's gradient, on the last "
+                    "pipeline rank, but the last stage is on the first; use another "
+                    "parallel.schedule"
+                )
         if layout.virtual > 1 and self.num_micro_batches % layout.pipeline:
             raise UserError(
                 f"{self.num_micro_batches} micro-batches per step are not divisible by "

@@ -14,8 +14,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from mhc_megatron.megatron.chunks import stage_place
 from mhc_megatron.megatron.spec import gpt_block_spec, gpt_mtp_spec
+from mhc_megatron.megatron.split_linear import split_linears
 from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.pipeline import pipeline_schedule
+from mhc_megatron.training.runtime import set_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Divisible by any TP size up to 128, so that a checkpoint's vocabulary fits every layout.
@@ -55,7 +59,10 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         "bf16": config.dtype == "bf16",
         "fp16": config.dtype == "fp16",
         "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
+        # A schedule of ours places its stages itself (megatron/chunks.py).
+        "pipeline_model_parallel_size": (
+            layout.pipeline if layout.schedule == "megatron" else layout.num_stages
+        ),
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
@@ -107,7 +114,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
 def build_chunks(
     config: TrainConfig, megatron_config: TransformerConfig, *, vocab_size: int
 ) -> list[torch.nn.Module]:
-    """The GPT model chunks of this pipeline rank, one per virtual stage, on the run's device.
+    """The GPT model chunks of this pipeline rank, on the run's device.
 
     Args:
         config: the run.
@@ -115,40 +122,79 @@ def build_chunks(
         vocab_size: tokens the data may hold; padded inside.
 
     Returns:
-        ``parallel.virtual`` chunks, in half precision wrapped in Megatron's ``Float16Module``.
+        A chunk per virtual stage, or per stage that the schedule gives this rank, in the order of
+        the model's layers; in half precision wrapped in Megatron's ``Float16Module``.
     """
-    virtual = config.parallel.virtual
-    chunks = []
-    for stage in range(virtual):
-        vp_stage = stage if virtual > 1 else None
-        where: dict[str, Any] = {
-            "use_transformer_engine": config.transformer_impl == "transformer_engine",
-            "vp_stage": vp_stage,
-        }
-        mhc = config.mhc if config.model.residual == "mhc" else None
-        chunk: torch.nn.Module = GPTModel(
-            config=megatron_config,
-            transformer_layer_spec=gpt_block_spec(megatron_config, mhc, **where),
-            vocab_size=padded_vocab_size(vocab_size),
-            max_sequence_length=config.model.seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            post_process=parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            parallel_output=True,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            mtp_block_spec=gpt_mtp_spec(megatron_config, **where),
-            vp_stage=vp_stage,
-        )
-        if torch.cuda.is_available():
-            chunk = chunk.cuda(torch.cuda.current_device())
-        if config.dtype != "fp32":
-            chunk = Float16Module(megatron_config, chunk)
-        chunks.append(chunk)
-    return chunks
+    if config.parallel.schedule == "megatron":
+        virtual = config.parallel.virtual
+        vp_stages = range(virtual) if virtual > 1 else [None]
+        return [_megatron_chunk(config, megatron_config, vp, vocab_size) for vp in vp_stages]
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    stages = pipeline_schedule(config).placement.stages_on(rank)
+    return [_scheduled_chunk(config, megatron_config, stage, vocab_size) for stage in stages]
+
+
+def _megatron_chunk(
+    config: TrainConfig, megatron_config: TransformerConfig, vp_stage: int | None, vocab_size: int
+) -> torch.nn.Module:
+    """The chunk where Megatron's own schedules expect it."""
+    return _chunk(
+        config,
+        megatron_config,
+        {"vp_stage": vp_stage},
+        vocab_size=vocab_size,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
+    )
+
+
+def _scheduled_chunk(
+    config: TrainConfig, megatron_config: TransformerConfig, stage: int, vocab_size: int
+) -> torch.nn.Module:
+    """The chunk of a stage of ``pipeline_schedule``, with weights that depend on the stage only."""
+    set_seed(config.seed, stage=stage)
+    place = stage_place(megatron_config, stage)
+    chunk = _chunk(
+        config,
+        megatron_config,
+        {"pp_rank": stage},
+        vocab_size=vocab_size,
+        pre_process=place.pre_process,
+        post_process=place.post_process,
+        pg_collection=place.groups,
+    )
+    split_linears(chunk)
+    return chunk
+
+
+def _chunk(
+    config: TrainConfig,
+    megatron_config: TransformerConfig,
+    where: dict[str, Any],
+    **arguments: Any,
+) -> torch.nn.Module:
+    """A GPTModel; ``where`` says to its layer specs which stage it is."""
+    mhc = config.mhc if config.model.residual == "mhc" else None
+    where = {
+        "use_transformer_engine": config.transformer_impl == "transformer_engine",
+        **where,
+    }
+    chunk: torch.nn.Module = GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=gpt_block_spec(megatron_config, mhc, **where),
+        max_sequence_length=config.model.seq_length,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        mtp_block_spec=gpt_mtp_spec(megatron_config, **where),
+        **{**arguments, "vocab_size": padded_vocab_size(arguments["vocab_size"])},
+    )
+    if torch.cuda.is_available():
+        chunk = chunk.cuda(torch.cuda.current_device())
+    if config.dtype != "fp32":
+        chunk = Float16Module(megatron_config, chunk)
+    return chunk
 
 
 def wrap_data_parallel(

@@ -46,6 +46,16 @@ def stdlib_small_pp() -> TrainConfig:
     )
 
 
+def stdlib_small_dualpipe_v() -> TrainConfig:
+    """``stdlib-small`` as four stages on two processes under DualPipeV instead of TP=2."""
+    return dataclasses.replace(
+        stdlib_small(),
+        parallel=ParallelConfig(pipeline=2, schedule="dualpipe_v"),
+        micro_batch_size=1,
+        out="runs/stdlib-small-dualpipe-v",
+    )
+
+
 def stdlib_deep() -> TrainConfig:
     """A deep, narrow model on one process: what ``compare`` uses to show gains over depth."""
     return TrainConfig(
@@ -92,6 +102,7 @@ def gpt_100m() -> TrainConfig:
 RECIPES = {
     "stdlib-small": stdlib_small,
     "stdlib-small-pp": stdlib_small_pp,
+    "stdlib-small-dualpipe-v": stdlib_small_dualpipe_v,
     "stdlib-deep": stdlib_deep,
     "gpt-100m": gpt_100m,
 }

@@ -15,10 +15,12 @@ from mhc_megatron.gains import gain_magnitudes
 from mhc_megatron.report.curves import peak
 from mhc_megatron.report.html import layout_text, write_report
 from mhc_megatron.report.metrics import MetricsLog, RunInfo, write_run
+from mhc_megatron.report.pipeline import forget_execution, write_execution
 from mhc_megatron.report.progress import Progress
 from mhc_megatron.report.tensorboard import TensorBoardLog
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import config_dict
+from mhc_megatron.training.pipeline import pipeline_schedule
 from mhc_megatron.training.probe import Mappings
 from mhc_megatron.training.trainer import StepMetrics
 
@@ -44,6 +46,8 @@ class RunRecord:
         if self._enabled:
             self._open = contextlib.ExitStack()
             self._write_status("running")
+            if not self._done:
+                forget_execution(self._folder)
             self._log = self._open.enter_context(MetricsLog(self._folder, done=self._done))
             self._board = self._open.enter_context(
                 TensorBoardLog(self._folder / "tensorboard", done=self._done)
@@ -69,6 +73,9 @@ class RunRecord:
         self._log.write(line)
         self._board.write(line)
         self._progress.update(line)
+        if metrics.spans:
+            schedule = pipeline_schedule(self._config)
+            write_execution(self._folder, schedule, step=step, spans=metrics.spans)
 
     def validation(self, step: int, loss: float, mappings: Mappings | None) -> None:
         """Record a validation and, with hyper-connections, the gain magnitudes."""

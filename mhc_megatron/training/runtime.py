@@ -17,7 +17,7 @@ from mhc_megatron.megatron.compat import require_supported_core
 from mhc_megatron.megatron.cpu_runtime import cpu_runtime
 from mhc_megatron.training.config import TrainConfig
 
-# Ranks of different pipeline stages draw different weights (Megatron-LM's own stride).
+# Different pipeline stages draw different weights (Megatron-LM's own stride).
 _PIPELINE_SEED_STRIDE = 100
 
 
@@ -74,8 +74,15 @@ def distributed_runtime(
         yield
 
 
-def set_seed(seed: int) -> None:
-    """Seed this rank: equal over TP and DP for whole weights, different per pipeline stage."""
-    seed += _PIPELINE_SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
+def set_seed(seed: int, *, stage: int | None = None) -> None:
+    """Seed this rank: equal over TP and DP for whole weights, different per pipeline stage.
+
+    Args:
+        seed: of the run.
+        stage: of the model; None for the pipeline rank's number.
+    """
+    if stage is None:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+    seed += _PIPELINE_SEED_STRIDE * stage
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

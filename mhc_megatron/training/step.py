@@ -1,4 +1,4 @@
-"""One step of forward and backward over Megatron's own schedules, and its loss."""
+"""One step of forward and backward, and its loss."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mhc_megatron.megatron.compat import batch_on_this_cp_rank
-from mhc_megatron.megatron.p2p import stream_p2p
 from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.pipeline import ForwardBackwardFunction
 
 Batch = dict[str, Tensor]
 
@@ -48,7 +46,7 @@ def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor,
 
 def run_step(
     config: TrainConfig,
-    megatron_config: TransformerConfig,
+    forward_backward: ForwardBackwardFunction,
     chunks: list[torch.nn.Module],
     micro_batches: list[Batch],
     *,
@@ -58,7 +56,7 @@ def run_step(
 
     Args:
         config: the run.
-        megatron_config: the model's configuration.
+        forward_backward: from ``forward_backward_func``.
         chunks: this rank's model chunks.
         micro_batches: this data-parallel rank's share of the global batch.
         forward_only: evaluate without gradients.
@@ -66,8 +64,7 @@ def run_step(
     Returns:
         The mean loss per token over the global batch, the same number on every rank.
     """
-    carry_streams = config.model.residual == "mhc" and config.parallel.pipeline > 1
-    reports = get_forward_backward_func()(
+    reports = forward_backward(
         forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=chunks,
@@ -75,7 +72,6 @@ def run_step(
         seq_length=config.model.seq_length,
         micro_batch_size=config.micro_batch_size,
         forward_only=forward_only,
-        **(stream_p2p(megatron_config, config.mhc) if carry_streams else {}),
     )
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for report in reports:
@@ -83,6 +79,6 @@ def run_step(
     torch.distributed.all_reduce(
         total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
-    # Only the last stage has reports; the others add zero.
+    # Only the rank of the last stage has reports; the others add zero.
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return (total[0] / total[1]).item()

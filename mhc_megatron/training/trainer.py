@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from mhc_megatron.data.dataset import batch, build_datasets, check_split, micro_
 from mhc_megatron.data.prepare import prepare_embedded
 from mhc_megatron.data.tokenizer import load_tokenizer
 from mhc_megatron.errors import UserError
+from mhc_megatron.pipeline.measure import Spans
 from mhc_megatron.training import checkpoint
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import (
@@ -23,6 +24,7 @@ from mhc_megatron.training.model import (
     wrap_data_parallel,
 )
 from mhc_megatron.training.optimizer import build_optimizer, update_groups
+from mhc_megatron.training.pipeline import forward_backward_func, measured
 from mhc_megatron.training.probe import Mappings, probe_mappings
 from mhc_megatron.training.step import Batch, run_step
 
@@ -39,6 +41,7 @@ class StepMetrics:
         lr: learning rate used.
         seconds: wall time of the step.
         tokens: tokens of the global batch.
+        spans: of the last step under a schedule of ours, what every pipeline rank's actions took.
     """
 
     loss: float
@@ -46,6 +49,7 @@ class StepMetrics:
     lr: float
     seconds: float
     tokens: int
+    spans: list[Spans] = field(default_factory=list)
 
 
 class Trainer:
@@ -75,6 +79,7 @@ class Trainer:
         self.chunks = wrap_data_parallel(config, self.megatron_config, self.bare_chunks)
         self.optimizer = build_optimizer(config, self.chunks)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        self.forward_backward = forward_backward_func(config, self.megatron_config)
 
     def resume(self) -> int:
         """Load the newest complete checkpoint; returns the completed steps, 0 without one."""
@@ -108,9 +113,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = run_step(
-            self.config, self.megatron_config, self.chunks, self._batches(self.train_data, step)
-        )
+        batches = self._batches(self.train_data, step)
+        with measured(self.forward_backward, enabled=step == self.config.steps - 1) as spans:
+            loss = run_step(self.config, self.forward_backward, self.chunks, batches)
         require_finite("loss", loss, step + 1)
         _, grad_norm, _ = self.optimizer.step()
         # fp16 skips a step whose gradients overflow; the other dtypes never should.
@@ -122,6 +127,7 @@ class Trainer:
             lr=lr,
             seconds=time.perf_counter() - start,
             tokens=self.config.global_batch_size * self.config.model.seq_length,
+            spans=spans,
         )
 
     @torch.no_grad()
@@ -138,7 +144,7 @@ class Trainer:
             losses = [
                 run_step(
                     self.config,
-                    self.megatron_config,
+                    self.forward_backward,
                     self.chunks,
                     self._batches(self.valid_data, index),
                     forward_only=True,

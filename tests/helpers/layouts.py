@@ -16,6 +16,7 @@ from megatron.core.distributed import finalize_model_grads
 from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
+from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import Batch, run_step
 
@@ -105,7 +106,8 @@ def losses_and_gradients(
         megatron_config.finalize_model_grads_func = _finalize_whole_gradients
         for chunk in wrapped:
             chunk.zero_grad_buffer()
-        loss = run_step(config, megatron_config, wrapped, micro_batches(config, step=0))
+        forward_backward = forward_backward_func(config, megatron_config)
+        loss = run_step(config, forward_backward, wrapped, micro_batches(config, step=0))
         with torch.no_grad():
             for chunk in chunks:
                 for parameter in chunk.parameters():

@@ -78,6 +78,23 @@ class WorkerPool:
             returned[rank] = value
         return [returned[rank] for rank in range(world_size)]
 
+    def failures(
+        self, function: Callable[..., Any], world_size: int, *arguments: Any, expected: int
+    ) -> dict[int, str]:
+        """The first ``expected`` tracebacks of a job that fails; the pool is used up afterwards."""
+        port = _free_port()
+        for jobs in self.jobs[:world_size]:
+            jobs.put((function, arguments, world_size, port))
+        found: dict[int, str] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(found) < expected:
+            rank, succeeded, value = self._next_result(deadline)
+            if rank < 0 or succeeded:
+                break
+            found[rank] = value
+        self.close()
+        return found
+
     def _next_result(self, deadline: float) -> tuple[int, bool, Any]:
         while time.monotonic() < deadline:
             try:

@@ -6,25 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layouts
+from helpers.oracle import (
+    DENSE,
+    EXACT,
+    MLA,
+    MODELS,
+    MOE,
+    MTP,
+    SUMMATION_ORDER,
+    Oracle,
+    check,
+    run_config,
+)
 from helpers.pool import WorkerFailed, WorkerPool
 from megatron.core import __version__ as core_version
 from packaging.version import Version
 
 from mhc_megatron.config import MHCConfig, Projection
-from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
-
-DENSE: dict[str, Any] = {}
-MOE: dict[str, Any] = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32}
-MLA: dict[str, Any] = {"multi_latent_attention": True}
-MTP: dict[str, Any] = {"mtp_num_layers": 1}
-MODELS = {"dense": DENSE, "moe": MOE, "mla": MLA, "mtp": MTP}
-
-# Tensor parallelism sums matrix products over ranks, in another order than one process does:
-# float32 rounding (6e-8) grows to this much over 8 layers, most in the gradients of the gates
-# (alpha), which are sums over all tokens that nearly cancel.
-SUMMATION_ORDER = 5e-4
-EXACT = 0.0
 
 # name: (layout, what else differs, largest relative error of any gradient)
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
@@ -45,59 +43,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 }
 
 
-def run_config(
-    model: dict[str, Any],
-    layout: dict[str, Any] | None = None,
-    *,
-    mhc: MHCConfig | None = None,
-    **options: Any,
-) -> TrainConfig:
-    return TrainConfig(
-        model=ModelConfig(
-            num_layers=8,
-            hidden_size=32,
-            num_attention_heads=4,
-            ffn_hidden_size=64,
-            seq_length=16,
-            **model,
-        ),
-        mhc=mhc or MHCConfig(),
-        parallel=ParallelConfig(**(layout or {})),
-        micro_batch_size=1,
-        global_batch_size=4,
-        **options,
-    )
-
-
-class Oracle:
-    """Single-process parameters, loss and gradients of a model, made once for all layouts."""
-
-    def __init__(self, workers: WorkerPool, config: TrainConfig, folder: Path) -> None:
-        self.initial, self.gradients = folder / "initial", folder / "gradients"
-        for path in (self.initial, self.gradients):
-            path.mkdir(parents=True)
-        workers.run(layouts.save_initial, 1, config, str(self.initial))
-        [self.loss] = workers.run(
-            layouts.losses_and_gradients, 1, config, str(self.initial), str(self.gradients)
-        )
-
-    def errors(
-        self, workers: WorkerPool, config: TrainConfig, folder: Path, spoil: Any = None
-    ) -> tuple[list[float], dict[str, float]]:
-        """(each rank's relative loss error, every gradient's relative error)."""
-        folder.mkdir(parents=True)
-        losses = workers.run(
-            layouts.losses_and_gradients,
-            config.parallel.world_size,
-            config,
-            str(self.initial),
-            str(folder),
-            spoil,
-        )
-        [errors] = workers.run(layouts.differences, 1, str(folder), str(self.gradients))
-        return [abs(loss / self.loss - 1) for loss in losses], errors
-
-
 @pytest.fixture(scope="session")
 def oracles() -> dict[str, Oracle]:
     return {}
@@ -116,16 +61,6 @@ def oracle(
         return oracles[name]
 
     return get
-
-
-def check(
-    losses: list[float], errors: dict[str, float], tolerance: float, *, loss_tolerance: float
-) -> None:
-    assert max(losses) <= loss_tolerance, losses
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
-    assert not wrong, wrong
-    hyper = [name for name in errors if "hyper_connection" in name]
-    assert len(hyper) == 2 * 5, hyper  # stacked over layers: weight, three alphas, bias, twice
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -119,6 +119,42 @@ def test_a_checkpoint_of_pp2_resumes_under_tp2(
     assert close(run(workers, tensor, 6), rest)
 
 
+SCHEDULES = {
+    "1f1b": {"pipeline": 2},
+    "zb_h1": {"pipeline": 2, "schedule": "zb_h1"},
+    "dualpipe_v": {"pipeline": 2, "schedule": "dualpipe_v"},
+}
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "distributed_optimizer"),
+    [
+        ("dualpipe_v", "1f1b", False),
+        ("1f1b", "dualpipe_v", False),
+        ("zb_h1", "dualpipe_v", True),
+        ("dualpipe_v", "1f1b", True),
+    ],
+)
+def test_checkpoints_do_not_depend_on_the_schedule(
+    saved: str,
+    resumed: str,
+    distributed_optimizer: bool,
+    workers: WorkerPool,
+    config: TrainConfig,
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(config, micro_batch_size=1)
+    optimizer = {"distributed_optimizer": distributed_optimizer}
+    first = under(config, **SCHEDULES[saved], **optimizer)
+    run(workers, first, 3, save=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    rest = run(workers, first, 6)
+    second = under(config, tmp_path / "other", **SCHEDULES[resumed], **optimizer)
+    other = run(workers, second, 6)
+    # The gradient norm is summed over ranks that hold other parameters, and scales every gradient.
+    assert close(other, rest)
+
+
 def test_the_distributed_optimizer_reshards(
     workers: WorkerPool, config: TrainConfig, tmp_path: Path
 ) -> None:

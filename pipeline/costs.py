@@ -1,0 +1,190 @@
+"""How long every operation and message takes, and how many bytes a micro-batch holds."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mhc_megatron.pipeline.errors import ScheduleError
+
+Number = int | float
+
+
+# Sums over a step of millions of actions stay exact in 64 bits.
+_LARGEST = 10**12
+
+
+def _check(name: str, value: Number | None) -> None:
+    if value is not None and not 0 <= value <= _LARGEST:
+        raise ScheduleError(f"{name}={value} must be between 0 and {_LARGEST:.0e}; change the unit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCosts:
+    """One stage, one micro-batch. Times are in one unit of your choice; integers stay exact.
+
+    Attributes:
+        forward: F.
+        dgrad: I, the gradient of the stage's input.
+        wgrad: W, the gradients of the weights.
+        backward: B; None for ``dgrad + wgrad``.
+        overlap: this stage's B together with the F of another; None for that F plus this B.
+        recompute: R, the rebuild of what the hyper-connections dropped; part of B and I where the
+            schedule has no R.
+        held_bytes: kept from F to the end of B or W.
+        rebuilt_bytes: what R (or, without R, B or I) adds until the end of B or I.
+        wgrad_bytes: of ``held_bytes``, what W needs and I does not free; None for all of it.
+
+    Raises:
+        ScheduleError: a number is negative or above 1e12.
+    """
+
+    forward: Number = 1
+    dgrad: Number = 1
+    wgrad: Number = 1
+    backward: Number | None = None
+    overlap: Number | None = None
+    recompute: Number = 0
+    held_bytes: int = 0
+    rebuilt_bytes: int = 0
+    wgrad_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+        if self.wgrad_bytes is not None and self.wgrad_bytes > self.held_bytes:
+            raise ScheduleError(
+                f"wgrad_bytes={self.wgrad_bytes} is a part of held_bytes={self.held_bytes} "
+                "and cannot be larger"
+            )
+
+    @property
+    def whole_backward(self) -> Number:
+        """Time of B."""
+        return self.dgrad + self.wgrad if self.backward is None else self.backward
+
+    @property
+    def kept_for_wgrad(self) -> int:
+        """Bytes from the end of I to the end of W."""
+        return self.held_bytes if self.wgrad_bytes is None else self.wgrad_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """All stages and the messages between ranks.
+
+    Attributes:
+        default: every stage that ``stages`` does not name.
+        stages: exceptions, such as the embedding's and the loss's stage; -1 is the last stage.
+        latency: time of a message of no bytes from rank to rank. A message delays the stage that
+            needs it; the sender goes on at once, and messages do not wait for each other.
+        message_bytes: size of an activation or gradient between stages.
+        bandwidth: bytes per unit of time; None for messages that take the latency alone.
+        unit: name of the unit of time: ``us``, ``ms``, ``s``, or empty for none.
+
+    Raises:
+        ScheduleError: a number is negative or above 1e12, or the bandwidth not above 0.
+    """
+
+    default: StageCosts = StageCosts()
+    stages: Mapping[int, StageCosts] = dataclasses.field(default_factory=dict)
+    latency: Number = 0
+    message_bytes: int = 0
+    bandwidth: Number | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        _check("latency", self.latency)
+        _check("message_bytes", self.message_bytes)
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ScheduleError(
+                f"bandwidth={self.bandwidth} must be above 0; leave it out for no limit"
+            )
+        if self.unit not in ("", "us", "ms", "s"):
+            raise ScheduleError(f"unit={self.unit!r} is not one of us, ms, s, or empty")
+
+    @property
+    def message_time(self) -> Number:
+        """Time from the end of a stage to the start of the next one on another rank."""
+        if self.bandwidth is None or self.message_bytes == 0:
+            return self.latency
+        return self.latency + self.message_bytes / self.bandwidth
+
+    def of_stages(self, num_stages: int) -> list[StageCosts]:
+        """Costs of every stage.
+
+        Raises:
+            ScheduleError: ``stages`` names one that the schedule does not have, or one twice.
+        """
+        result = [self.default] * num_stages
+        named = set()
+        for stage, costs in self.stages.items():
+            if not -num_stages <= stage < num_stages:
+                raise ScheduleError(
+                    f"costs for stage {stage}, but the schedule has {num_stages} stages; "
+                    f"name 0 to {num_stages - 1}, or -1 for the last"
+                )
+            if stage % num_stages in named:
+                raise ScheduleError(f"costs for stage {stage % num_stages} are given twice")
+            named.add(stage % num_stages)
+            result[stage] = costs
+        return result
+
+
+def costs_from_json(text: str, base: Costs | None = None) -> Costs:
+    """Read a cost file: the fields of Costs, with those of StageCosts as objects.
+
+    ``{"unit": "ms", "default": {"forward": 2.1, "dgrad": 2.3, "wgrad": 1.9}, "stages": {"-1":
+    {"forward": 2.9}}, "latency": 0.02, "bandwidth": 5e7}``. A stage starts from ``default``, what
+    is left out from ``base``.
+
+    Raises:
+        ScheduleError: no such field, a value of the wrong kind or out of range, or no JSON.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ScheduleError(f"not JSON: {error}") from None
+    base = Costs() if base is None else base
+    given = _fields(Costs, data, "the file")
+    default = _stage(given.pop("default", {}), base.default, "default")
+    stages = dict(base.stages)
+    named = given.pop("stages", {})
+    for key, value in (named if isinstance(named, dict) else {str(named): {}}).items():
+        try:
+            stage = int(key)
+        except ValueError:
+            raise ScheduleError(
+                f"stages: {key!r} is not a stage number; write an object such as "
+                '{"0": {"forward": 2}, "-1": {"forward": 3}}'
+            ) from None
+        stages[stage] = _stage(value, default, f"stages.{key}")
+    for name, value in given.items():
+        if name != "unit":
+            _number(name, value)
+    return dataclasses.replace(base, default=default, stages=stages, **given)
+
+
+def _stage(data: Any, base: StageCosts, where: str) -> StageCosts:
+    given = _fields(StageCosts, data, where)
+    for name, value in given.items():
+        _number(f"{where}.{name}", value)
+    return dataclasses.replace(base, **given)
+
+
+def _fields(kind: type, data: Any, where: str) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(data, dict):
+        raise ScheduleError(f"{where}: {data!r} is not an object with {', '.join(names)}")
+    for name in data:
+        if name not in names:
+            raise ScheduleError(f"{where}: unknown field {name!r}; known: {', '.join(names)}")
+    return dict(data)
+
+
+def _number(name: str, value: Any) -> None:
+    """None is refused as well: in a file, what is not known is left out."""
+    whole = name.endswith("_bytes")
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ScheduleError(f"{name}={value!r} is not a {'whole ' if whole else ''}number")

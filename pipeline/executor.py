@@ -1,0 +1,183 @@
+"""Run one rank's program: computes, and the messages between them."""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+from torch.profiler import record_function
+
+from mhc_megatron.pipeline.actions import Action, Compute, Op, Overlap, Transfer
+from mhc_megatron.pipeline.dataflow import message_of
+from mhc_megatron.pipeline.lower import Program
+from mhc_megatron.pipeline.stage import Stage
+from mhc_megatron.pipeline.stopwatch import Stopwatch
+from mhc_megatron.pipeline.transport import Message, Receipt, Transport
+
+_BEFORE, _AFTER = 8, 4  # items of the program around a failed one, in the message
+
+# (stage, micro-batch, input) of a forward and (stage, micro-batch, gradient) of a backward.
+Side = tuple[Stage, int, Tensor | None]
+OverlapFunction = Callable[[Side, Side], tuple[Tensor, Tensor | None]]
+
+
+class ExecutionError(RuntimeError):
+    """An item of a program failed; the error itself is ``__cause__``.
+
+    Attributes:
+        rank: of the pipeline.
+        item: what failed; None for what comes after the program.
+    """
+
+    def __init__(self, rank: int, program: Program, position: int, cause: BaseException) -> None:
+        self.rank = rank
+        self.item = program[position] if position < len(program) else None
+        what = "after its last action" if self.item is None else f"at {self.item}"
+        super().__init__(
+            f"pipeline rank {rank} failed {what}: {type(cause).__name__}: {cause}\n"
+            f"  {_excerpt(program, position)}"
+        )
+
+
+def execute(
+    program: Program,
+    stages: Mapping[int, Stage],
+    transport: Transport,
+    *,
+    num_stages: int,
+    message: Message,
+    receives_ahead: int = 2,
+    overlap: OverlapFunction | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> dict[int, Tensor]:
+    """Run a rank's part of one step.
+
+    Args:
+        program: from ``lower_rank``.
+        stages: the stages of this rank.
+        transport: to the neighbours.
+        num_stages: of the whole model.
+        message: what the stages send each other.
+        receives_ahead: receives that are posted per neighbour before they are needed; each takes
+            the memory of one message.
+        overlap: runs the two sides of an Overlap; None for the forward, then the backward.
+        stopwatch: measures every action.
+
+    Returns:
+        The last stage's outputs by micro-batch, if this rank has that stage.
+
+    Raises:
+        ExecutionError: an action or a message failed.
+    """
+    run = _Run(program, stages, transport, num_stages, message, receives_ahead, overlap)
+    position = 0
+    try:
+        for item in program:
+            with record_function(str(item)):
+                if stopwatch is None or isinstance(item, Transfer):
+                    run.item(item)
+                else:
+                    stopwatch.start()
+                    run.item(item)
+                    stopwatch.stop()
+            position += 1
+        transport.finish()
+    except Exception as error:
+        raise ExecutionError(transport.rank, program, position, error) from error
+    run.check_nothing_left()
+    return run.outputs
+
+
+class _Run:
+    def __init__(
+        self,
+        program: Program,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        num_stages: int,
+        message: Message,
+        receives_ahead: int,
+        overlap: OverlapFunction | None,
+    ) -> None:
+        self.outputs: dict[int, Tensor] = {}
+        self._stages, self._transport, self._num_stages = stages, transport, num_stages
+        self._message, self._ahead, self._overlap = message, receives_ahead, overlap
+        self._messages: dict[Compute, Tensor] = {}  # made or received, and not yet used
+        self._upcoming: dict[int, deque[Transfer]] = defaultdict(deque)
+        self._posted: dict[int, deque[Receipt]] = defaultdict(deque)
+        for item in program:
+            if isinstance(item, Transfer) and item.kind == "recv":
+                self._upcoming[item.peer].append(item)
+        for peer in self._upcoming:
+            self._post(peer)
+
+    def item(self, item: Action | Transfer) -> None:
+        match item:
+            case Compute(op=Op.F):
+                x = self._input(item)
+                self._store(item, self._stages[item.stage].forward(item.mb, x))
+            case Compute(op=Op.B | Op.I):
+                defer = item.op is Op.I
+                grad = self._input(item)
+                stage = self._stages[item.stage]
+                self._store(item, stage.backward(item.mb, grad, defer_weights=defer))
+            case Compute(op=Op.W):
+                self._stages[item.stage].weights(item.mb)
+            case Compute(op=Op.R):
+                self._stages[item.stage].recompute(item.mb)
+            case Overlap(fwd, bwd) if self._overlap is None:
+                self.item(fwd)
+                self.item(bwd)
+            case Overlap(fwd, bwd):
+                sides = [(self._stages[c.stage], c.mb, self._input(c)) for c in (fwd, bwd)]
+                output, gradient = self._overlap(*sides)
+                self._store(fwd, output)
+                self._store(bwd, gradient)
+            case Transfer("send", of):
+                self._transport.send(item, self._messages.pop(of))
+            case Transfer("recv", of, peer):
+                self._messages[of] = self._posted[peer].popleft().wait()
+                self._post(peer)
+
+    def check_nothing_left(self) -> None:
+        assert not self._messages, f"messages that nobody used: {[*map(str, self._messages)]}"
+        assert not any(self._posted.values()) and not any(self._upcoming.values())
+        for number, stage in self._stages.items():
+            assert not stage.unfinished, f"stage {number}: unfinished {stage.unfinished}"
+
+    def _input(self, compute: Compute) -> Tensor | None:
+        """The activation or gradient that ``compute`` needs; None at the ends of the model."""
+        if compute.op is Op.F:
+            before = compute.stage - 1
+            makers = (Compute(Op.F, before, compute.mb),)
+        else:
+            before = compute.stage + 1
+            makers = (Compute(Op.B, before, compute.mb), Compute(Op.I, before, compute.mb))
+        if not 0 <= before < self._num_stages:
+            return None
+        made = makers[0] if makers[0] in self._messages else makers[-1]
+        return self._messages.pop(made)
+
+    def _store(self, compute: Compute, result: Tensor | None) -> None:
+        if message_of(compute, self._num_stages) is not None:
+            assert result is not None, f"{compute} made no message"
+            self._messages[compute] = result
+        elif compute.op is Op.F:
+            assert result is not None
+            self.outputs[compute.mb] = result
+
+    def _post(self, peer: int) -> None:
+        upcoming, posted = self._upcoming[peer], self._posted[peer]
+        while upcoming and len(posted) < self._ahead:
+            posted.append(self._transport.receive(upcoming.popleft(), self._message))
+
+
+def _excerpt(program: Program, position: int) -> str:
+    """The program around ``position``, which is marked."""
+    first, stop = max(0, position - _BEFORE), min(len(program), position + 1 + _AFTER)
+    items = [
+        f">>> {item} <<<" if first + index == position else str(item)
+        for index, item in enumerate(program[first:stop])
+    ]
+    before = f"({first} before) " if first else ""
+    after = f" ({len(program) - stop} after)" if stop < len(program) else ""
+    return f"{before}{', '.join(items)}{after}"

@@ -1,0 +1,103 @@
+"""What the executor asks of a stage, and a stage whose backward is autograd's."""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from mhc_megatron.pipeline.weight_grads import WeightGrads
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """One stage on one rank. It keeps what a micro-batch needs from its forward on."""
+
+    def forward(self, mb: int, x: Tensor | None) -> Tensor:
+        """F: the message to the next stage, or the last stage's output; ``x`` is None at first."""
+        ...
+
+    def backward(self, mb: int, grad: Tensor | None, *, defer_weights: bool) -> Tensor | None:
+        """B, or with ``defer_weights`` I: the gradient of ``x``; ``grad`` is None at the loss."""
+        ...
+
+    def weights(self, mb: int) -> None:
+        """W: the weight gradients that ``backward`` left."""
+        ...
+
+    def recompute(self, mb: int) -> None:
+        """R: rebuild what the forward dropped; ``backward`` does it where this was not called."""
+        ...
+
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """Micro-batches whose backward, or weight gradients, are still to come."""
+        ...
+
+
+class AutogradStage:
+    """A stage from a function; gradients accumulate in the leaves of its graph.
+
+    The gradients of every parameter are added in the order in which the schedule runs the
+    backwards of this stage. The output itself is not kept: once it is sent, its memory is free,
+    unless the last operation saved it.
+
+    Args:
+        function: ``(micro-batch, input or None) -> output``; of the last stage a loss. Under
+            ``no_grad`` nothing is kept.
+        name: for the log.
+    """
+
+    def __init__(self, function: Callable[[int, Tensor | None], Tensor], *, name: str = "") -> None:
+        self._function, self._name = function, name
+        self._graphs: dict[int, tuple[Tensor | None, GradientEdge, Tensor | None]] = {}
+        self._deferred: dict[int, WeightGrads] = {}
+        self.unsplit: str | None = None
+        """Why I computes the whole backward and W nothing; None while they are split."""
+
+    def forward(self, mb: int, x: Tensor | None) -> Tensor:
+        """F; the result is detached."""
+        if x is not None and torch.is_grad_enabled():
+            x.requires_grad_()
+        output = self._function(mb, x)
+        if output.requires_grad:
+            seed = torch.ones_like(output) if output.numel() == 1 else None
+            self._graphs[mb] = (x, get_gradient_edge(output), seed)
+        return output.detach()
+
+    def backward(self, mb: int, grad: Tensor | None, *, defer_weights: bool) -> Tensor | None:
+        """B, or I with ``defer_weights``."""
+        x, output, seed = self._graphs.pop(mb)
+        grad = seed if grad is None else grad
+        assert grad is not None, f"{self._name}: micro-batch {mb} has no gradient and no loss"
+        if defer_weights:
+            deferred = WeightGrads(output, x)
+            self._deferred[mb] = deferred
+            deferred.backward(grad)
+            self._announce(deferred.unsplit)
+        else:
+            torch.autograd.backward([output], [grad])
+        if x is None:
+            return None
+        gradient, x.grad = x.grad, None
+        return gradient
+
+    def weights(self, mb: int) -> None:
+        """W."""
+        self._deferred.pop(mb).finish()
+
+    def recompute(self, mb: int) -> None:
+        """R: nothing; checkpointed parts of the graph run again in its backward."""
+
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """As in ``Stage``."""
+        return (*self._graphs, *self._deferred)
+
+    def _announce(self, reason: str | None) -> None:
+        if reason is not None and self.unsplit is None:
+            _LOGGER.info("%s: I computes the whole backward and W nothing: %s", self._name, reason)
+            self.unsplit = reason

@@ -1,0 +1,98 @@
+"""Our executor's schedules on real GPT models equal the single process, bit for bit.
+
+Each schedule takes the backwards and the weight gradients of a stage in the order of the
+micro-batches, as the single process does, so no sum has another order.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.oracle import DENSE, EXACT, MOE, MTP, SUMMATION_ORDER, Oracle, check, run_config
+from helpers.pool import WorkerPool
+from megatron.core import __version__ as core_version
+from packaging.version import Version
+
+NUM_MB = 8
+
+# name: (layout, what else differs, largest relative error of any gradient)
+SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "pp2_zb_h1": ({"pipeline": 2, "schedule": "zb_h1"}, {}, EXACT),
+    "pp2_dualpipe_v": ({"pipeline": 2, "schedule": "dualpipe_v"}, {}, EXACT),
+    "pp4_zb_h1": ({"pipeline": 4, "schedule": "zb_h1"}, {}, EXACT),
+    "pp4_dualpipe_v": ({"pipeline": 4, "schedule": "dualpipe_v"}, {}, EXACT),
+    # Nothing to postpone: the checkpoints run their whole backward at once.
+    "pp2_dualpipe_v_full_recompute": (
+        {"pipeline": 2, "schedule": "dualpipe_v"},
+        {"recompute": "full"},
+        EXACT,
+    ),
+    "dp2_pp2_dualpipe_v_distributed_optimizer": (
+        {"data": 2, "pipeline": 2, "schedule": "dualpipe_v", "distributed_optimizer": True},
+        {},
+        SUMMATION_ORDER,
+    ),
+    "tp2_sp_pp2_dualpipe_v": (
+        {"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "dualpipe_v"},
+        {},
+        SUMMATION_ORDER,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def oracles() -> dict[str, Oracle]:
+    return {}
+
+
+def oracle(
+    name: str, model: dict[str, Any], workers: WorkerPool, oracles: dict[str, Oracle], folder: Any
+) -> Oracle:
+    if name not in oracles:
+        config = run_config(model, global_batch_size=NUM_MB)
+        oracles[name] = Oracle(workers, config, folder.mktemp(name))
+    return oracles[name]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_dense(
+    name: str,
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    layout, options, tolerance = SCHEDULES[name]
+    single = oracle("dense", DENSE, workers, oracles, tmp_path_factory)
+    config = run_config(DENSE, layout, global_batch_size=NUM_MB, **options)
+    losses, errors = single.errors(workers, config, tmp_path / "g")
+    check(losses, errors, tolerance, loss_tolerance=1e-6 if tolerance else 0.0)
+
+
+@pytest.mark.skipif(Version(core_version) < Version("0.17"), reason="refused without TE")
+@pytest.mark.parametrize("name", ["pp2_zb_h1", "pp2_dualpipe_v"])
+def test_moe(
+    name: str,
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    layout, _, tolerance = SCHEDULES[name]
+    single = oracle("moe", MOE, workers, oracles, tmp_path_factory)
+    config = run_config(MOE, layout, global_batch_size=NUM_MB)
+    losses, errors = single.errors(workers, config, tmp_path / "g")
+    check(losses, errors, tolerance, loss_tolerance=0.0)
+
+
+def test_mtp(
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    single = oracle("mtp", MTP, workers, oracles, tmp_path_factory)
+    config = run_config(MTP, SCHEDULES["pp2_zb_h1"][0], global_batch_size=NUM_MB)
+    losses, errors = single.errors(workers, config, tmp_path / "g")
+    # The MTP stage's share of the embedding gradient is added at the end.
+    check(losses, errors, SUMMATION_ORDER, loss_tolerance=0.0)

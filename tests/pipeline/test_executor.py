@@ -1,0 +1,113 @@
+"""The executor with all ranks in one process: equal to a plain loop, and on time."""
+
+import pytest
+import torch
+from helpers import stages
+from torch import nn
+
+from mhc_megatron.pipeline.catalogue import generate
+from mhc_megatron.pipeline.costs import Costs, StageCosts
+from mhc_megatron.pipeline.executor import ExecutionError, execute
+from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
+from mhc_megatron.pipeline.lower import lower_rank
+from mhc_megatron.pipeline.measure import costs_of
+from mhc_megatron.pipeline.recompute import place_recompute
+from mhc_megatron.pipeline.schedule import Schedule
+from mhc_megatron.pipeline.simulate import simulate
+
+NAMES = ["gpipe", "one_f_one_b", "interleaved", "zb_h1", "dualpipe_v"]
+
+
+def gradients(blocks: list[nn.Module]) -> list[torch.Tensor]:
+    found = [parameter.grad for block in blocks for parameter in block.parameters()]
+    assert all(gradient is not None for gradient in found)
+    return found
+
+
+def check(schedule: Schedule, seed: int) -> None:
+    ours, theirs = (stages.modules(schedule.num_stages, seed) for _ in range(2))
+    losses = stages.pipelined(schedule, ours, seed)
+    expected = stages.serial(theirs, schedule.num_mb, seed)
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    # Every schedule here takes the backwards and weight gradients of a stage in the order of the
+    # micro-batches, as the loop does: the sums are the same to the last bit.
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", NAMES)
+def test_four_ranks_equal_the_plain_loop(name: str, seed: int) -> None:
+    num_mb = 8 + seed % 5 if name != "interleaved" else 4 * (1 + seed % 3)
+    check(generate(name, num_ranks=4, num_mb=num_mb), seed)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_rebuilds_and_few_ranks(name: str, num_ranks: int) -> None:
+    check(place_recompute(generate(name, num_ranks=num_ranks, num_mb=2 * num_ranks)), seed=7)
+
+
+# Heterogeneous: the last stage has the loss.
+COSTS = Costs(
+    unit="ms",
+    default=StageCosts(forward=4, dgrad=5, wgrad=3),
+    stages={-1: StageCosts(forward=6, dgrad=7, wgrad=4)},
+)
+
+
+@pytest.mark.parametrize("name", ["one_f_one_b", "zb_h1", "dualpipe_v"])
+def test_the_simulator_foretells_the_step(name: str) -> None:
+    schedule = generate(name, num_ranks=4, num_mb=10)
+    executed, simulated = stages.slept(schedule, COSTS), simulate(schedule, COSTS)
+    # A sleep is never shorter than asked for; a machine that is busy makes it longer, and then the
+    # medians of what was measured say what each action cost.
+    again = simulate(schedule, costs_of(executed))
+    assert executed.makespan >= simulated.makespan
+    assert executed.makespan == pytest.approx(again.makespan, rel=0.1)
+    assert abs(executed.bubble_fraction - again.bubble_fraction) < 0.1
+
+
+def test_an_error_shows_the_program() -> None:
+    schedule = generate("zb_h1", num_ranks=2, num_mb=4)
+    blocks = stages.modules(2, seed=0)
+    held = stages.autograd_stages(blocks, seed=0)
+
+    def refuse(mb: int, x: torch.Tensor | None) -> torch.Tensor:
+        if mb == 2:
+            raise ValueError("no more")
+        return (blocks[1](x) ** 2).mean()
+
+    held[1] = stages.AutogradStage(refuse)
+
+    def rank(transport: InProcessTransport) -> None:
+        execute(
+            lower_rank(schedule, transport.rank),
+            {transport.rank: held[transport.rank]},
+            transport,
+            num_stages=2,
+            message=stages.message(),
+        )
+
+    with pytest.raises(ExecutionError) as caught:
+        run_ranks(rank, 2)
+    assert str(caught.value) == (
+        "pipeline rank 1 failed at 1F2: ValueError: no more\n"
+        "  (2 before) 1I0, send 1I0 to 0, recv 0F1 from 0, 1F1, 1I1, send 1I1 to 0, 1W0, "
+        "recv 0F2 from 0, >>> 1F2 <<<, 1I2, send 1I2 to 0, 1W1, recv 0F3 from 0 (5 after)"
+    )
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_message_that_does_not_come_is_named() -> None:
+    schedule = generate("one_f_one_b", num_ranks=2, num_mb=2)
+
+    def rank(transport: InProcessTransport) -> None:
+        if transport.rank == 1:
+            stage = stages.autograd_stages(stages.modules(2, seed=0), seed=0)[1]
+            program = lower_rank(schedule, 1)
+            message = stages.message()
+            execute(program, {1: stage}, transport, num_stages=2, message=message)
+
+    with pytest.raises(ExecutionError, match=r"rank 1 failed at recv 0F0 from 0: .*within 0.2 s"):
+        run_ranks(rank, 2, timeout=0.2)

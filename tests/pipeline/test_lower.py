@@ -1,0 +1,166 @@
+"""Sends and receives: complete, in one order per directed edge, and free of deadlocks."""
+
+from collections import defaultdict, deque
+
+import pytest
+from helpers.schedules import schedules
+from hypothesis import given, settings
+
+from mhc_megatron.pipeline.actions import Compute, Op, Overlap, Transfer, parts
+from mhc_megatron.pipeline.catalogue import generate
+from mhc_megatron.pipeline.lower import Program, lower, lower_rank
+from mhc_megatron.pipeline.schedule import Schedule
+
+PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
+Edges = dict[tuple[int, int], list[Compute]]
+
+
+def _edges(programs: tuple[Program, ...], kind: str) -> Edges:
+    """What is sent (or received) on every directed edge, in order."""
+    edges: Edges = defaultdict(list)
+    for rank, program in enumerate(programs):
+        for step in program:
+            if isinstance(step, Transfer) and step.kind == kind:
+                edge = (rank, step.peer) if kind == "send" else (step.peer, rank)
+                edges[edge].append(step.of)
+    return dict(edges)
+
+
+@given(schedules())
+@PROPERTY
+def test_every_edge_is_first_in_first_out(schedule: Schedule) -> None:
+    programs = lower(schedule)
+    assert _edges(programs, "send") == _edges(programs, "recv")
+
+
+@given(schedules())
+@PROPERTY
+def test_every_dependency_between_ranks_has_one_transfer(schedule: Schedule) -> None:
+    """Counted from the placement: each boundary between two ranks, once each way."""
+    rank_of, expected = schedule.placement.rank_of, []
+    for mb in range(schedule.num_mb):
+        for stage in range(schedule.num_stages - 1):
+            low, high = rank_of(stage, mb), rank_of(stage + 1, mb)
+            if low != high:
+                expected += [((low, high), "F", stage, mb), ((high, low), "G", stage + 1, mb)]
+    sent = [
+        (edge, "F" if of.op is Op.F else "G", of.stage, of.mb)
+        for edge, messages in _edges(lower(schedule), "send").items()
+        for of in messages
+    ]
+    assert sorted(sent) == sorted(expected)
+    assert all(low != high for (low, high), *_ in sent)
+
+
+@given(schedules())
+@PROPERTY
+def test_the_computes_are_the_schedules(schedule: Schedule) -> None:
+    for row, program in zip(schedule.ranks, lower(schedule), strict=True):
+        assert [step for step in program if not isinstance(step, Transfer)] == list(row)
+
+
+def _execute(schedule: Schedule, programs: tuple[Program, ...]) -> None:
+    """Run the programs with blocking receives over queues; check every input is there."""
+    queues: dict[tuple[int, int], deque[Compute]] = defaultdict(deque)
+    have: list[set[Compute]] = [set() for _ in programs]
+    at = [0] * len(programs)
+    moved = True
+    while moved:
+        moved = False
+        for rank, program in enumerate(programs):
+            while at[rank] < len(program):
+                step = program[at[rank]]
+                if isinstance(step, Transfer) and step.kind == "recv":
+                    queue = queues[step.peer, rank]
+                    if not queue:
+                        break
+                    assert queue.popleft() == step.of
+                    have[rank].add(step.of)
+                elif isinstance(step, Transfer):
+                    assert step.of in have[rank]
+                    queues[rank, step.peer].append(step.of)
+                else:
+                    for compute in parts(step):
+                        _check_inputs(schedule, compute, have[rank])
+                    have[rank].update(parts(step))
+                at[rank] += 1
+                moved = True
+    assert at == [len(program) for program in programs]
+    assert not any(queues.values())
+
+
+def _check_inputs(schedule: Schedule, compute: Compute, have: set[Compute]) -> None:
+    op, stage, mb = compute.op, compute.stage, compute.mb
+    if op is Op.F and stage:
+        assert Compute(Op.F, stage - 1, mb) in have
+    if op in (Op.B, Op.I) and stage + 1 < schedule.num_stages:
+        assert {Compute(Op.B, stage + 1, mb), Compute(Op.I, stage + 1, mb)} & have
+    if op in (Op.B, Op.I, Op.R):
+        assert Compute(Op.F, stage, mb) in have
+    if op is Op.W:
+        assert Compute(Op.I, stage, mb) in have
+
+
+@given(schedules())
+@PROPERTY
+def test_programs_run_to_their_end(schedule: Schedule) -> None:
+    _execute(schedule, lower(schedule))
+
+
+@given(schedules())
+@PROPERTY
+def test_forward_only(schedule: Schedule) -> None:
+    programs = lower(schedule, forward_only=True)
+    _execute(schedule, programs)
+    computes = [step for program in programs for step in program if not isinstance(step, Transfer)]
+    assert all(isinstance(step, Compute) and step.op is Op.F for step in computes)
+    assert len(set(computes)) == len(computes) == schedule.num_stages * schedule.num_mb
+
+
+def test_a_program() -> None:
+    schedule = generate("dualpipe_v", num_ranks=2, num_mb=4)
+    assert [str(step) for step in lower_rank(schedule, 0)] == [
+        "0F0",
+        "send 0F0 to 1",
+        "0F1",
+        "send 0F1 to 1",
+        "0F2",
+        "send 0F2 to 1",
+        "recv 2F0 from 1",
+        "3F0",
+        "3I0",
+        "send 3I0 to 1",
+        "3W0",
+        "recv 2F1 from 1",
+        "3F1",
+        "(0F3;3B1)",
+        "send 0F3 to 1",
+        "send 3B1 to 1",
+        "recv 2F2 from 1",
+        "recv 1B0 from 1",
+        "(3F2;0B0)",
+        "3B2",
+        "send 3B2 to 1",
+        "recv 2F3 from 1",
+        "recv 1B1 from 1",
+        "(3F3;0B1)",
+        "3B3",
+        "send 3B3 to 1",
+        "recv 1B2 from 1",
+        "0I2",
+        "0W2",
+        "recv 1I3 from 1",
+        "0I3",
+        "0W3",
+    ]
+
+
+def test_an_invalid_schedule_is_not_lowered() -> None:
+    schedule = generate("gpipe", num_ranks=2, num_mb=1)
+    with pytest.raises(AssertionError, match="rank 1 never sends 1B0: validate the schedule first"):
+        lower_rank(schedule.with_rank(1, [Compute(Op.F, 1, 0)]), 0)
+
+
+def test_an_overlap_is_a_forward_and_a_whole_backward() -> None:
+    with pytest.raises(AssertionError):
+        Overlap(Compute(Op.F, 0, 1), Compute(Op.I, 0, 0))

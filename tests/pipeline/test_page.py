@@ -1,0 +1,44 @@
+"""docs/pipeline.md: its pictures, its numbers and its code are what the code gives."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mhc_megatron.pipeline.catalogue import CATALOGUE, generate
+from mhc_megatron.pipeline.costs import costs_from_json
+from mhc_megatron.pipeline.draw import to_svg
+from mhc_megatron.pipeline.simulate import simulate
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "pipeline.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["one_f_one_b", "dualpipe_v"])
+def test_pictures(name: str) -> None:
+    """Renewed by ``mhc-megatron simulate --ranks 4 --micro-batches 10 --out DIR``."""
+    svg = to_svg(simulate(generate(name, num_ranks=4, num_mb=10)))
+    assert (DOCS / "timelines" / f"{name}.svg").read_text() == svg
+    assert f"](timelines/{name}.svg)" in PAGE
+
+
+def test_simulated_bubbles() -> None:
+    lines = []
+    for name in CATALOGUE:
+        timelines = [simulate(generate(name, num_ranks=p, num_mb=32)) for p in (4, 8, 16)]
+        lines.append(f"| `{name}` | {' | '.join(str(max(t.bubble)) for t in timelines)} |\n")
+    assert f"<!-- simulated -->\n{''.join(lines)}\n" in PAGE
+
+
+def test_code_and_cost_file() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(code, {})
+    (costs,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert json.loads(costs)
+    assert costs_from_json(costs).unit == "ms"
+
+
+def test_every_schedule_has_a_row() -> None:
+    for name in CATALOGUE:
+        assert f"| `{name}` |" in PAGE

@@ -1,0 +1,138 @@
+"""``mhc-megatron simulate`` from arguments to files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhc_megatron.launch import cli
+
+FILES = ["index.html", "schedule.csv", "timeline.svg", "trace.json"]
+
+
+def _run(*arguments: str) -> int:
+    return cli.main(["simulate", *arguments])
+
+
+def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a" / "b"
+    numbers = ("--ranks", "8", "--micro-batches", "32")
+    assert _run("--schedule", "dualpipe_v", *numbers, "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "bubble                      6.80% of all ranks' time" in printed
+    assert "0 to 7  0,15 to 7,8   192      14     6.80%         17" in printed
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert (out / "timeline.svg").read_text().startswith("<svg")
+    assert json.loads((out / "trace.json").read_text())
+    # What was written can be read, and says the same.
+    assert _run("--csv", str(out / "schedule.csv")) == 0
+    assert "makespan                    206" in capsys.readouterr().out
+
+
+def test_costs_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text('{"unit": "ms", "default": {"recompute": 1}, "bandwidth": 1e9}')
+    step = ("--schedule", "one_f_one_b", "--ranks", "2", "--micro-batches", "2")
+    sizes = ("--hidden", "1024", "--seq", "1024", "--layers", "4", "--streams", "2")
+    more = ("--micro-batch-size", "2", "--recompute-block", "2")
+    assert _run(*step, "--costs", str(file), *sizes, *more) == 0
+    text = capsys.readouterr().out
+    # 4 MiB per C: 4 sublayers of 7 and 2 blocks of 2 streams, twice; a rebuild of 2 sublayers.
+    assert f"peak activations of a rank  {4 * (2 * (4 * 7 + 4) + 2 * 4)}.00 MiB" in text
+    assert "makespan                    12.02 ms" in text
+    assert _run(*step, "--costs", str(file), "--place-recompute") == 0
+    assert "makespan                    11 ms" in capsys.readouterr().out
+
+
+STEP = ("--ranks", "4", "--micro-batches", "8")
+GPIPE = ("--schedule", "gpipe", *STEP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (),
+            "nothing to simulate; give --csv FILE, or --schedule with one of gpipe, one_f_one_b, "
+            "interleaved, zb_h1, dualpipe_v, dualpipe",
+        ),
+        (("--schedule", "gpipe", "--ranks", "2"), "--schedule gpipe needs --micro-batches"),
+        (
+            ("--schedule", "dualpipev", *STEP),
+            "unknown schedule 'dualpipev'; did you mean 'dualpipe_v'? known: gpipe, one_f_one_b, "
+            "interleaved, zb_h1, dualpipe_v, dualpipe",
+        ),
+        (
+            ("--schedule", "dualpipe_v", "--ranks", "4", "--micro-batches", "7"),
+            "num_mb=7 is below 2*num_ranks=8, which dualpipe_v needs; take more micro-batches, "
+            "or one_f_one_b",
+        ),
+        (
+            ("--schedule", "gpipe", *STEP, "--chunks", "2"),
+            "num_chunks=2 is for interleaved; gpipe has no choice",
+        ),
+        (
+            ("--csv", "x.csv", "--ranks", "4"),
+            "--ranks 4 is for a generated schedule; leave it or --csv out",
+        ),
+        (
+            ("--csv", "absent.csv"),
+            "absent.csv: No such file or directory; name a readable text file",
+        ),
+        (("--csv", "broken.csv"), "broken: rank 0: 0B0 is missing, and so are I and W"),
+        (
+            ("--schedule", "gpipe", *STEP, "--costs", "broken.csv"),
+            "broken.csv: not JSON: Extra data: line 1 column 2 (char 1)",
+        ),
+        (
+            ("--schedule", "gpipe", *STEP, "--hidden", "4"),
+            "bytes need both --hidden and --seq; give them, or none of the sizes",
+        ),
+        (
+            ("--schedule", "gpipe", *STEP, "--streams", "4"),
+            "bytes need both --hidden and --seq; give them, or none of the sizes",
+        ),
+        (
+            ("--schedule", "gpipe", *STEP, "--hidden", "0", "--seq", "1"),
+            "hidden=0 must be at least 1",
+        ),
+        (
+            (*GPIPE, "--hidden", "4", "--seq", "1", "--layers", "6"),
+            "--layers 6 is not a multiple of the 4 stages; change it, or give the bytes of each "
+            "stage in --costs",
+        ),
+        (
+            ("--schedule", "gpipe", *STEP, "--out", "broken.csv"),
+            "--out broken.csv: File exists; name a writable folder",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.csv").write_text("0F0\n")
+    assert _run(*arguments) == 2
+    assert capsys.readouterr().err == f"mhc-megatron: error: {message}\n"
+
+
+def test_large_steps_leave_the_long_files_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mhc_megatron.launch.simulate._MAX_WRITTEN", 63)
+    assert _run(*GPIPE, "--out", str(tmp_path)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "timeline.svg"]
+    assert "left out: trace.json and schedule.csv; 64 actions" in capsys.readouterr().out
+
+
+def test_help_shows_schedules_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _run("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("dualpipe_v", "zb_h1", '"unit": "ms"', "--place-recompute", "examples:"):
+        assert word in text
