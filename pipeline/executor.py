@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from torch.profiler import record_function
 
-from mhc_megatron.pipeline.actions import Action, Compute, Op, Overlap, Transfer
+from mhc_megatron.pipeline.actions import Action, Compute, Op, Overlap, Transfer, parts
 from mhc_megatron.pipeline.dataflow import message_of
 from mhc_megatron.pipeline.lower import Program
 from mhc_megatron.pipeline.stage import Stage
@@ -124,19 +124,26 @@ class _Run:
                 self._stages[item.stage].weights(item.mb)
             case Compute(op=Op.R):
                 self._stages[item.stage].recompute(item.mb)
-            case Overlap(fwd, bwd) if self._overlap is None:
-                self.item(fwd)
-                self.item(bwd)
-            case Overlap(fwd, bwd):
-                sides = [(self._stages[c.stage], c.mb, self._input(c)) for c in (fwd, bwd)]
-                output, gradient = self._overlap(*sides)
-                self._store(fwd, output)
-                self._store(bwd, gradient)
+            case Overlap():
+                self._both(item)
             case Transfer("send", of):
                 self._transport.send(item, self._messages.pop(of))
             case Transfer("recv", of, peer):
                 self._messages[of] = self._posted[peer].popleft().wait()
                 self._post(peer)
+
+    def _both(self, pair: Overlap) -> None:
+        if self._overlap is None:
+            self.item(pair.fwd)
+            self.item(pair.bwd)
+            return
+        forward, backward = (
+            (self._stages[compute.stage], compute.mb, self._input(compute))
+            for compute in parts(pair)
+        )
+        output, gradient = self._overlap(forward, backward)
+        self._store(pair.fwd, output)
+        self._store(pair.bwd, gradient)
 
     def check_nothing_left(self) -> None:
         assert not self._messages, f"messages that nobody used: {[*map(str, self._messages)]}"
@@ -148,10 +155,10 @@ class _Run:
         """The activation or gradient that ``compute`` needs; None at the ends of the model."""
         if compute.op is Op.F:
             before = compute.stage - 1
-            makers = (Compute(Op.F, before, compute.mb),)
+            makers = [Compute(Op.F, before, compute.mb)]
         else:
             before = compute.stage + 1
-            makers = (Compute(Op.B, before, compute.mb), Compute(Op.I, before, compute.mb))
+            makers = [Compute(op, before, compute.mb) for op in (Op.B, Op.I)]
         if not 0 <= before < self._num_stages:
             return None
         made = makers[0] if makers[0] in self._messages else makers[-1]

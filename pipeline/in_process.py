@@ -135,7 +135,7 @@ def run_ranks(
         stream = streams[rank]
         try:
             with contextlib.ExitStack() as stack:
-                if stream is not None:
+                if stream is not None and caller is not None:
                     stream.wait_stream(caller)
                     stack.enter_context(torch.cuda.stream(stream))
                 results[rank] = function(InProcessTransport(exchange, rank))
@@ -149,8 +149,8 @@ def run_ranks(
         thread.start()
     for thread in threads:
         thread.join()
-    if caller is not None:
-        for stream in streams:
+    for stream in streams:
+        if stream is not None and caller is not None:
             caller.wait_stream(stream)
     if errors:
         raise errors[first[0]]

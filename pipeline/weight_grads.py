@@ -74,16 +74,17 @@ class WeightGrads:
 
         return note
 
-    def _plan(self, order: list[Node], x: Tensor | None) -> None:
+    def _plan(self, order: list[Any], x: Tensor | None) -> None:
         leaves = [node for node in order if _is_leaf(node)]
         ends = [leaf for leaf in leaves if leaf.variable is x] if x is not None else []
         end = ends[0] if ends else _furthest(order)
-        spine, hanging = {end}, {end: frozenset[Node]()}
-        owners: dict[Node, set[Node]] = defaultdict(set)
+        spine: set[Any] = {end}
+        hanging: dict[Any, frozenset[Any]] = {}  # the leaves below a node off the spine
+        owners: dict[Any, set[Any]] = defaultdict(set)
         for node in order:
             children = list(_children(node))
             if node is not end and not any(child in spine for child in children):
-                below = frozenset().union(*(hanging[child] for child in children))
+                below: frozenset[Any] = frozenset().union(*(hanging[c] for c in children))
                 hanging[node] = below | {node} if _is_leaf(node) else below
                 continue
             spine.add(node)
@@ -108,7 +109,7 @@ def _children(node: Node) -> Iterator[Any]:
     return (child for child, _ in node.next_functions if child is not None)
 
 
-def _children_first(root: Node) -> list[Any]:
+def _children_first(root: Any) -> list[Any]:
     """All nodes of the graph, each after those that it passes gradients to."""
     order, seen, stack = [], {root}, [(root, _children(root))]
     while stack:

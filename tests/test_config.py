@@ -71,6 +71,45 @@ from mhc_megatron.training.schedule import learning_rate
             "model.num_layers=6 is not divisible",
         ),
         (
+            lambda: ParallelConfig(pipeline=2, schedule="dualpipe"),
+            "parallel.schedule='dualpipe' keeps two copies of every parameter, .* use dualpipe_v",
+        ),
+        (
+            lambda: ParallelConfig(pipeline=2, schedule="interleaved"),
+            "'interleaved' is Megatron's own; use parallel.virtual > 1",
+        ),
+        (
+            lambda: ParallelConfig(pipeline=2, schedule="x"),
+            "parallel.schedule='x' is not one of megatron, gpipe, one_f_one_b, zb_h1, dualpipe_v",
+        ),
+        (
+            lambda: ParallelConfig(schedule="zb_h1"),
+            "parallel.schedule='zb_h1' needs parallel.pipeline > 1",
+        ),
+        (
+            lambda: ParallelConfig(pipeline=4, virtual=2, schedule="zb_h1"),
+            "parallel.virtual=2 is for parallel.schedule='megatron'",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(num_layers=6),
+                parallel=ParallelConfig(pipeline=2, schedule="dualpipe_v"),
+            ),
+            r"model.num_layers=6 is not divisible by parallel.pipeline \* 2 \(dualpipe_v\) = 4",
+        ),
+        (
+            lambda: TrainConfig(parallel=ParallelConfig(pipeline=2, schedule="dualpipe_v")),
+            "2 micro-batches per step are below 2 .* = 4, which dualpipe_v needs; raise global_b",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(mtp_num_layers=1),
+                parallel=ParallelConfig(pipeline=2, schedule="dualpipe_v"),
+                micro_batch_size=1,
+            ),
+            "model.mtp_num_layers=1 under dualpipe_v: .* use another parallel.schedule",
+        ),
+        (
             lambda: TrainConfig(parallel=ParallelConfig(tensor=3)),
             "model.num_attention_heads=4 is not divisible by parallel.tensor=3",
         ),

@@ -272,13 +272,10 @@ class TrainConfig:
             )
         layout, model = self.parallel, self.model
         if model.num_layers % layout.num_stages:
-            per_rank = "2 stages of dualpipe_v" if layout.virtual == 1 else "parallel.virtual"
-            what = "parallel.pipeline"
-            if layout.num_stages > layout.pipeline:
-                what += f" * {per_rank}"
+            chunks = "2 (dualpipe_v)" if layout.schedule == "dualpipe_v" else "parallel.virtual"
             raise UserError(
-                f"model.num_layers={model.num_layers} is not divisible by {what} = "
-                f"{layout.num_stages}"
+                f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline * "
+                f"{chunks} = {layout.num_stages}"
             )
         if layout.schedule == "dualpipe_v":
             if self.num_micro_batches < 2 * layout.pipeline:
