@@ -23,6 +23,7 @@ from megatron.core import __version__ as core_version
 from packaging.version import Version
 
 from mhc_megatron.config import MHCConfig, Projection
+from mhc_megatron.training.config import TrainConfig
 
 # name: (layout, what else differs, largest relative error of any gradient)
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {

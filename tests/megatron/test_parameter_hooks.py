@@ -15,6 +15,7 @@ from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
 from mhc_megatron.training.optimizer import build_optimizer, update_groups
+from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
 
@@ -68,13 +69,14 @@ def losses(rank: int, world_size: int, config: TrainConfig, overlap: bool) -> li
         megatron_config.no_sync_func = wrapped[0].no_sync
         optimizer = build_optimizer(config, wrapped)
         megatron_config.grad_scale_func = optimizer.scale_loss
+        forward_backward = forward_backward_func(config, megatron_config)
         found = []
         for step in range(3):
             update_groups(config, optimizer, step)
             wrapped[0].zero_grad_buffer()
             optimizer.zero_grad()
             batches = layouts.micro_batches(config, step)
-            found.append(run_step(config, megatron_config, wrapped, batches))
+            found.append(run_step(config, forward_backward, wrapped, batches))
             optimizer.step()
         return found
 
