@@ -13,7 +13,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3
     if $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; \
     then echo $$python; break; fi; done)
 endif
-RECIPE ?= stdlib-small
+RECIPE ?= stdlib-small-dualpipe-v
 ARGS ?=
 
 BIN := .venv/bin
@@ -37,7 +37,7 @@ help:
 	@echo 'make clean      remove .venv and all caches, but not runs/'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the Python of a new .venv (now: $(PYTHON)).'
-	@echo 'RECIPE=stdlib-small-pp trains another recipe, ARGS="--set steps=50" changes it.'
+	@echo 'RECIPE=stdlib-small trains another recipe (TP=2), ARGS="--set steps=50" changes it.'
 
 install: $(INSTALLED)
 

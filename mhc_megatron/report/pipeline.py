@@ -78,7 +78,8 @@ def execution_section(step: int, executed: Timeline) -> str:
         page.paragraph(
             "Executed: every action as it was measured on its rank, whose clock starts at a "
             "barrier. Simulated: the same schedule with the medians of those times for each stage "
-            f"and operation, and messages that take no time; its step takes {off:+.1%}."
+            f"and operation, and messages that take no time; its step is {abs(off):.1%} "
+            f"{'longer' if off > 0 else 'shorter'}."
         ),
         page.numbers(("", "step", "bubble"), rows, colours=["transparent"] * 2),
         page.wide(to_svg(executed), caption="Executed."),

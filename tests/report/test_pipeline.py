@@ -52,7 +52,7 @@ def test_what_is_written_is_read(simulated: Timeline, tmp_path: Path) -> None:
 def test_the_section_has_both_timelines_and_bubbles(simulated: Timeline) -> None:
     section = execution_section(12, simulated)
     assert section.count("<svg") == 2
-    assert f"{simulated.bubble_fraction:.1%}" in section and "its step takes +0.0%" in section
+    assert f"{simulated.bubble_fraction:.1%}" in section and "its step is 0.0% shorter" in section
     assert "Pipeline: dualpipe_v, step 12" in section
 
 
