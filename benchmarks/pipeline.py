@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline.py --results benchmarks/results/cpu
 
-All ranks run in this process, on the CPU. Overhead: stages that return at once; the process's CPU
-time over the number of actions, messages included. Prediction: stages that sleep for known times;
-the simulated step over the executed one. Appends one line per figure to
+All ranks run in this process, on the CPU. Overhead: stages that return at once; the CPU time of all
+ranks' threads over the number of actions, messages included. Prediction: stages that sleep for
+known times; the simulated step over the executed one. Appends one line per figure to
 ``<results>/pipeline.jsonl`` (format: benchmarks/README.md).
 """
 
@@ -29,6 +29,7 @@ from mhc_megatron.pipeline.measure import Spans, timeline_of
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.simulate import simulate
 from mhc_megatron.pipeline.stopwatch import HostStopwatch
+from mhc_megatron.pipeline.timeline import Timeline
 from mhc_megatron.pipeline.transport import Message
 
 SCHEDULES = ("one_f_one_b", "zb_h1", "dualpipe_v")
@@ -71,16 +72,16 @@ class Sleeper:
         return self._result
 
 
-def run(schedule: Schedule, costs: Costs) -> list[Spans]:
-    """Execute a step; the spans of every rank."""
+def run(schedule: Schedule, costs: Costs) -> list[tuple[Spans, float]]:
+    """Execute a step; every rank's spans, and the CPU time of its thread in seconds."""
     stages = [
         Sleeper(cost, is_first=number == 0)
         for number, cost in enumerate(costs.of_stages(schedule.num_stages))
     ]
     programs = [lower_rank(schedule, rank) for rank in range(schedule.num_ranks)]
 
-    def rank(transport: InProcessTransport) -> Spans:
-        watch = HostStopwatch()
+    def rank(transport: InProcessTransport) -> tuple[Spans, float]:
+        watch, start = HostStopwatch(), time.thread_time()
         held = schedule.placement.stages_on(transport.rank)
         execute(
             programs[transport.rank],
@@ -90,32 +91,26 @@ def run(schedule: Schedule, costs: Costs) -> list[Spans]:
             message=MESSAGE,
             stopwatch=watch,
         )
-        return watch.spans()
+        return watch.spans(), time.thread_time() - start
 
     return run_ranks(rank, schedule.num_ranks)
 
 
 def overhead(schedule: Schedule, repetitions: int) -> list[float]:
     """Microseconds of CPU time per action, once per repetition."""
-    times = []
-    for _ in range(repetitions + 1):  # the first one warms up
-        programs_apart = time.process_time()
-        for rank in range(schedule.num_ranks):
-            lower_rank(schedule, rank)
-        start = time.process_time()
-        run(schedule, EMPTY)
-        # ``run`` lowers as well, which a training does once.
-        spent = (time.process_time() - start) - (start - programs_apart)
-        times.append(spent / schedule.num_actions * 1e6)
-    return times[1:]
+    times = [sum(spent for _, spent in run(schedule, EMPTY)) for _ in range(repetitions + 1)]
+    return [spent / schedule.num_actions * 1e6 for spent in times[1:]]  # the first one warms up
 
 
 def prediction(schedule: Schedule, repetitions: int) -> list[float]:
     """Simulated over executed time of a step with known costs, once per repetition."""
     foretold = simulate(schedule, KNOWN).makespan
-    return [
-        foretold / timeline_of(schedule, run(schedule, KNOWN)).makespan for _ in range(repetitions)
-    ]
+    return [foretold / executed(schedule).makespan for _ in range(repetitions)]
+
+
+def executed(schedule: Schedule) -> Timeline:
+    """The timeline of a step with known costs."""
+    return timeline_of(schedule, [spans for spans, _ in run(schedule, KNOWN)])
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ _PURE = (
     "mhc_megatron.config",
     "mhc_megatron.errors",
     "mhc_megatron.training.config",
+    "mhc_megatron.training.layout",
     "mhc_megatron.training.overrides",
     "mhc_megatron.launch.checks",
     "mhc_megatron.launch.cli",

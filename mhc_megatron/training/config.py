@@ -5,18 +5,9 @@ from typing import Literal
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.training.layout import ParallelConfig, require_positive
 
 Residual = Literal["mhc", "plain"]
-PipelineSchedule = Literal["megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v"]
-
-_SCHEDULES = ("megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v")
-
-
-def _require_positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value < 1:
-            raise UserError(f"{section}.{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +43,7 @@ class ModelConfig:
     mtp_loss_scaling_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model",
             self,
             "num_layers",
@@ -79,90 +70,6 @@ class ModelConfig:
                 f"model.moe_router_topk={self.moe_router_topk} exceeds "
                 f"model.num_moe_experts={self.num_moe_experts}"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """The layout: how many ways each axis splits. The world size follows from it.
-
-    Attributes:
-        tensor, pipeline, context, expert, data: TP, PP, CP, EP and DP sizes. EP lies inside
-            DP x CP (Megatron's default order), so it must divide ``data * context``.
-        virtual: virtual stages (model chunks) per pipeline rank; above 1 Megatron's schedule is
-            interleaved 1F1B.
-        schedule: of the pipeline. ``megatron`` is Megatron's own, 1F1B or interleaved 1F1B; the
-            others run on the executor of ``mhc_megatron.pipeline``. ``dualpipe_v`` cuts the model
-            into two stages per pipeline rank.
-        sequence: sequence parallelism (needs ``tensor`` > 1).
-        distributed_optimizer: shard the optimizer states over data-parallel ranks.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    schedule: PipelineSchedule = "megatron"
-    context: int = 1
-    expert: int = 1
-    data: int = 1
-    sequence: bool = False
-    distributed_optimizer: bool = False
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            "parallel", self, "tensor", "pipeline", "virtual", "context", "expert", "data"
-        )
-        if self.sequence and self.tensor == 1:
-            raise UserError(
-                "parallel.sequence=True needs parallel.tensor > 1; set parallel.sequence=False"
-            )
-        if self.virtual > 1 and self.pipeline < 2:
-            raise UserError(
-                f"parallel.virtual={self.virtual} needs parallel.pipeline > 1; "
-                "set parallel.virtual=1"
-            )
-        self._check_schedule()
-        if (self.data * self.context) % self.expert:
-            raise UserError(
-                f"parallel.expert={self.expert} does not divide parallel.data * parallel.context "
-                f"= {self.data * self.context}"
-            )
-
-    def _check_schedule(self) -> None:
-        name = self.schedule
-        if name == "dualpipe":
-            raise UserError(
-                "parallel.schedule='dualpipe' keeps two copies of every parameter, which training "
-                "does not reduce; use dualpipe_v, or mhc-megatron simulate to look at it"
-            )
-        if name == "interleaved":
-            raise UserError(
-                "parallel.schedule='interleaved' is Megatron's own; use parallel.virtual > 1 with "
-                "parallel.schedule='megatron'"
-            )
-        if name not in _SCHEDULES:
-            raise UserError(f"parallel.schedule={name!r} is not one of {', '.join(_SCHEDULES)}")
-        if name == "megatron":
-            return
-        if self.pipeline < 2:
-            raise UserError(
-                f"parallel.schedule={name!r} needs parallel.pipeline > 1; "
-                "set parallel.schedule=megatron"
-            )
-        if self.virtual > 1:
-            raise UserError(
-                f"parallel.virtual={self.virtual} is for parallel.schedule='megatron'; "
-                f"{name} has its own number of stages per rank; set parallel.virtual=1"
-            )
-
-    @property
-    def num_stages(self) -> int:
-        """Model chunks over all pipeline ranks."""
-        return self.pipeline * (2 if self.schedule == "dualpipe_v" else self.virtual)
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes: TP x PP x CP x DP."""
-        return self.tensor * self.pipeline * self.context * self.data
 
 
 @dataclass(frozen=True, kw_only=True)
