@@ -1,13 +1,11 @@
 """How a run is spread over processes, and its checks that need no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mhc_megatron.errors import UserError
 
 PipelineSchedule = Literal["megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v"]
-
-_SCHEDULES = ("megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v")
 
 
 def require_positive(section: str, config: object, *names: str) -> None:
@@ -76,8 +74,9 @@ class ParallelConfig:
                 "parallel.schedule='interleaved' is Megatron's own; use parallel.virtual > 1 with "
                 "parallel.schedule='megatron'"
             )
-        if name not in _SCHEDULES:
-            raise UserError(f"parallel.schedule={name!r} is not one of {', '.join(_SCHEDULES)}")
+        known = get_args(PipelineSchedule)
+        if name not in known:
+            raise UserError(f"parallel.schedule={name!r} is not one of {', '.join(known)}")
         if name == "megatron":
             return
         if self.pipeline < 2:
