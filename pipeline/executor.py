@@ -101,6 +101,7 @@ class _Run:
         self.outputs: dict[int, Tensor] = {}
         self._stages, self._transport, self._num_stages = stages, transport, num_stages
         self._message, self._ahead, self._overlap = message, receives_ahead, overlap
+        self._announced = (message.shape, message.dtype)
         self._messages: dict[Compute, Tensor] = {}  # made or received, and not yet used
         self._upcoming: dict[int, deque[Transfer]] = defaultdict(deque)
         self._posted: dict[int, deque[Receipt]] = defaultdict(deque)
@@ -167,6 +168,10 @@ class _Run:
     def _store(self, compute: Compute, result: Tensor | None) -> None:
         if message_of(compute, self._num_stages) is not None:
             assert result is not None, f"{compute} made no message"
+            found, wanted = (tuple(result.shape), result.dtype), self._announced
+            # Another size would fill the receiver's memory with something else, without an error.
+            if found != wanted:
+                raise ValueError(f"a message of {found} instead of {wanted}")
             self._messages[compute] = result
         elif compute.op is Op.F:
             assert result is not None

@@ -132,7 +132,6 @@ SCHEDULES = {
         ("dualpipe_v", "1f1b", False),
         ("1f1b", "dualpipe_v", False),
         ("zb_h1", "dualpipe_v", True),
-        ("dualpipe_v", "1f1b", True),
     ],
 )
 def test_checkpoints_do_not_depend_on_the_schedule(

@@ -7,7 +7,7 @@ import pytest
 from helpers import stages
 from helpers.pool import WorkerPool
 
-TIMEOUT = 5.0
+TIMEOUT = 3.0
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def lone_workers() -> Iterator[WorkerPool]:
     pool.close()
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs", "raises"])
+@pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_failing_rank_is_named_by_its_neighbours(how: str, lone_workers: WorkerPool) -> None:
     lone_workers.run(stages.with_failing_rank, 3, "not at all", TIMEOUT)
     start = time.monotonic()
@@ -27,5 +27,3 @@ def test_a_failing_rank_is_named_by_its_neighbours(how: str, lone_workers: Worke
     # Rank 1 makes 1I3 of its forward; the others wait for what comes after micro-batch 2.
     assert "pipeline rank 0 failed at recv 1I" in failures[0]
     assert "pipeline rank 2 failed at recv 1F3 from 1" in failures[2]
-    if how == "raises":
-        assert "pipeline rank 1 failed at 1F3: ValueError: no more" in failures[1]

@@ -10,7 +10,6 @@ from mhc_megatron.pipeline.costs import Costs, StageCosts
 from mhc_megatron.pipeline.executor import ExecutionError, execute
 from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
 from mhc_megatron.pipeline.lower import lower_rank
-from mhc_megatron.pipeline.measure import costs_of
 from mhc_megatron.pipeline.recompute import place_recompute
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.simulate import simulate
@@ -51,21 +50,24 @@ def test_rebuilds_and_few_ranks(name: str, num_ranks: int) -> None:
 # Heterogeneous: the last stage has the loss.
 COSTS = Costs(
     unit="ms",
-    default=StageCosts(forward=4, dgrad=5, wgrad=3),
-    stages={-1: StageCosts(forward=6, dgrad=7, wgrad=4)},
+    default=StageCosts(forward=8, dgrad=10, wgrad=6),
+    stages={-1: StageCosts(forward=12, dgrad=14, wgrad=8)},
 )
 
 
 @pytest.mark.parametrize("name", ["one_f_one_b", "zb_h1", "dualpipe_v"])
 def test_the_simulator_foretells_the_step(name: str) -> None:
     schedule = generate(name, num_ranks=4, num_mb=10)
-    executed, simulated = stages.slept(schedule, COSTS), simulate(schedule, COSTS)
-    # A sleep is never shorter than asked for; a machine that is busy makes it longer, and then the
-    # medians of what was measured say what each action cost.
-    again = simulate(schedule, costs_of(executed))
-    assert executed.makespan >= simulated.makespan
-    assert executed.makespan == pytest.approx(again.makespan, rel=0.1)
-    assert abs(executed.bubble_fraction - again.bubble_fraction) < 0.1
+    simulated = simulate(schedule, COSTS)
+    # Sleeps are never shorter than asked for, but a machine that is busy makes some of them longer:
+    # of a few tries the shortest is the one that was least disturbed.
+    for _ in range(8):
+        executed = stages.slept(schedule, COSTS)
+        assert executed.makespan >= simulated.makespan
+        if executed.makespan <= 1.1 * simulated.makespan:
+            break
+    assert executed.makespan == pytest.approx(simulated.makespan, rel=0.1)
+    assert executed.bubble_fraction == pytest.approx(simulated.bubble_fraction, abs=0.05)
 
 
 def test_an_error_shows_the_program() -> None:
@@ -97,6 +99,32 @@ def test_an_error_shows_the_program() -> None:
         "recv 0F2 from 0, >>> 1F2 <<<, 1I2, send 1I2 to 0, 1W1, recv 0F3 from 0 (5 after)"
     )
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_dropped_weight_gradient_is_found() -> None:
+    schedule = generate("zb_h1", num_ranks=1, num_mb=3)
+    stage = stages.autograd_stages(stages.modules(1, seed=0), seed=0)
+
+    def rank(transport: InProcessTransport) -> None:
+        program = lower_rank(schedule, 0)[:-1]
+        execute(program, stage, transport, num_stages=1, message=stages.message())
+
+    with pytest.raises(AssertionError, match=r"stage 0: unfinished \(2,\)"):
+        run_ranks(rank, 1)
+
+
+def test_a_message_of_another_shape_is_refused() -> None:
+    schedule = generate("one_f_one_b", num_ranks=2, num_mb=2)
+    held = stages.autograd_stages(stages.modules(2, seed=0), seed=0)
+    held[0] = stages.AutogradStage(lambda mb, x: torch.zeros(2, 8, requires_grad=True) * 1)
+
+    def rank(transport: InProcessTransport) -> None:
+        program, stage = lower_rank(schedule, transport.rank), transport.rank
+        message = stages.message()
+        execute(program, {stage: held[stage]}, transport, num_stages=2, message=message)
+
+    with pytest.raises(ExecutionError, match=r"failed at 0F0: ValueError: a message of \(\(2, 8\)"):
+        run_ranks(rank, 2)
 
 
 def test_a_message_that_does_not_come_is_named() -> None:

@@ -32,8 +32,10 @@ def test_simulated_bubbles() -> None:
 
 
 def test_code_and_cost_file() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(code, {})
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code, {})
     (costs,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     assert json.loads(costs)
     assert costs_from_json(costs).unit == "ms"
