@@ -1,6 +1,7 @@
 """Worker processes that stay alive between tests: importing torch and Megatron happens once."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -42,6 +43,9 @@ def _work(rank: int, jobs: Any, results: Any) -> None:
             results.put((rank, True, function(rank, world_size, *arguments)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
+        # A model holds its process groups in cycles, and each group has threads that poll: left to
+        # pile up, they take the machine's time.
+        gc.collect()
 
 
 class WorkerFailed(AssertionError):
