@@ -13,6 +13,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+# Process groups that outlive their test keep threads that poll: after so many, begin anew.
+_MOST_JOBS = 40
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -55,9 +58,10 @@ class WorkerFailed(AssertionError):
 class WorkerPool:
     """``run(function, world_size, *arguments)`` calls it on ranks 0 .. world_size - 1 at once."""
 
-    def __init__(self, size: int, *, timeout: float = 120.0) -> None:
+    def __init__(self, size: int, *, timeout: float = 300.0) -> None:
         context = multiprocessing.get_context("spawn")
         self.timeout = timeout
+        self.num_jobs = 0
         self.results = context.Queue()
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [
@@ -69,6 +73,7 @@ class WorkerPool:
             process.start()
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        self.num_jobs += 1
         port = _free_port()
         for jobs in self.jobs[:world_size]:
             jobs.put((function, arguments, world_size, port))
@@ -111,7 +116,8 @@ class WorkerPool:
 
     @property
     def usable(self) -> bool:
-        return all(process.is_alive() for process in self.processes)
+        """Whether another test may run here: alive, and not full of earlier tests' threads."""
+        return self.num_jobs < _MOST_JOBS and all(p.is_alive() for p in self.processes)
 
     def close(self) -> None:
         for process in self.processes:

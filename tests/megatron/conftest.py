@@ -19,5 +19,7 @@ def _pools() -> Iterator[list[WorkerPool]]:
 @pytest.fixture
 def workers(_pools: list[WorkerPool]) -> WorkerPool:
     if not _pools or not _pools[-1].usable:
-        _pools.append(WorkerPool(MAX_RANKS))
+        for pool in _pools:
+            pool.close()
+        _pools[:] = [WorkerPool(MAX_RANKS)]
     return _pools[-1]
