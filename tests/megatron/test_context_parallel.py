@@ -19,6 +19,7 @@ from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.spec import gpt_block_spec
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import transformer_config, wrap_data_parallel
+from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
 
@@ -76,7 +77,12 @@ def step(
         dist_checkpointing.load(layouts.sharded([model]), initial)
         wrapped = wrap_data_parallel(config, megatron_config, [model])
         wrapped[0].zero_grad_buffer()
-        loss = run_step(config, megatron_config, wrapped, layouts.micro_batches(config, step=0))
+        loss = run_step(
+            config,
+            forward_backward_func(config, megatron_config),
+            wrapped,
+            layouts.micro_batches(config, step=0),
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.data = parameter.main_grad.clone()

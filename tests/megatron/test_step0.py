@@ -14,6 +14,7 @@ from mhc_megatron.config import Contraction, MHCConfig, Projection
 from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
+from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
 
