@@ -59,7 +59,7 @@ def first_loss(
             dist_checkpointing.load(branches, folder)
         return run_step(
             config,
-            megatron_config,
+            forward_backward_func(config, megatron_config),
             chunks,
             layouts.micro_batches(config, step=0),
             forward_only=True,
