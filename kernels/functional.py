@@ -120,16 +120,8 @@ def post_pre(
     Raises:
         ValueError: as ``pre``.
     """
-    checks.check_streams(streams)
-    checks.check_branch(streams, branch, branch_bias)
-    checks.check_mix(streams, mix)
-    checks.check_parameters(streams, weight, alphas, bias, options)
-    if choose_backend(streams, options=options, backend=backend).name == "reference":
-        return compositions.post_pre(
-            streams, branch, mix, weight, alphas, bias, options=options, branch_bias=branch_bias
-        )
-    return _post_pre_kernels(
-        streams, branch, mix, weight, alphas, bias, options, branch_bias, False, tiles
+    return _boundary(
+        streams, branch, mix, weight, alphas, bias, options, branch_bias, False, backend, tiles
     )
 
 
@@ -152,20 +144,12 @@ def single_pass(
 
     Args, returns and raises: as for ``post_pre``.
     """
-    checks.check_streams(streams)
-    checks.check_branch(streams, branch, branch_bias)
-    checks.check_mix(streams, mix)
-    checks.check_parameters(streams, weight, alphas, bias, options)
-    if choose_backend(streams, options=options, backend=backend).name == "reference":
-        return compositions.single_pass(
-            streams, branch, mix, weight, alphas, bias, options=options, branch_bias=branch_bias
-        )
-    return _post_pre_kernels(
-        streams, branch, mix, weight, alphas, bias, options, branch_bias, True, tiles
+    return _boundary(
+        streams, branch, mix, weight, alphas, bias, options, branch_bias, True, backend, tiles
     )
 
 
-def _post_pre_kernels(
+def _boundary(
     streams: Tensor,
     branch: Tensor,
     mix: Mappings | PackedMappings,
@@ -175,8 +159,19 @@ def _post_pre_kernels(
     options: MappingOptions,
     branch_bias: Tensor | None,
     read_with_previous: bool,
+    backend: Backend,
     tiles: "Tiles | None",
-) -> tuple[Tensor, Tensor, PackedMappings]:
+) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
+    """``post_pre``, or ``single_pass`` with ``read_with_previous``."""
+    checks.check_streams(streams)
+    checks.check_branch(streams, branch, branch_bias)
+    checks.check_mix(streams, mix)
+    checks.check_parameters(streams, weight, alphas, bias, options)
+    if choose_backend(streams, options=options, backend=backend).name == "reference":
+        compose = compositions.single_pass if read_with_previous else compositions.post_pre
+        return compose(
+            streams, branch, mix, weight, alphas, bias, options=options, branch_bias=branch_bias
+        )
     packed = pack(mix)
     _check_parameters_of_kernels(weight, alphas, bias)
     checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
