@@ -181,6 +181,8 @@ class PostPre(torch.autograd.Function):
             parameters,
             single_pass=ctx.single_pass,
         )
+        # Right after the first pass, whose last reads of the new streams are still in L2.
+        parameter_gradients = _parameter_gradients(ctx, new_streams, read, partial, parameters)
         grad_x, grad_branch, grad_packed = launch.streams_backward(
             None if grad_streams is None else grad_streams.contiguous(),
             streams,
@@ -197,7 +199,7 @@ class PostPre(torch.autograd.Function):
             grad_branch,
             _bias_gradient(grad_branch, branch_bias),
             grad_packed,
-            *_parameter_gradients(ctx, new_streams, read, partial, parameters),
+            *parameter_gradients,
             None,
             None,
             None,

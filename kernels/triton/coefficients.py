@@ -1,54 +1,19 @@
-"""Device functions: raw logits to the mappings of a tile of tokens, and their backward.
+"""Device functions: raw logits to the mappings of a tile of tokens, one token per lane.
 
-T and ``tokens`` are int64; rows of ``raw`` and ``packed`` are loaded as [BT], [BT, NP] or
-[BT, NP, NP].
+T and ``tokens`` are int64; rows of ``raw`` and ``packed`` are tuples of [BT].
 """
 
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.residual import (
-    pad_logits,
-    permutation_matrix,
-    sinkhorn_fwd,
-    stream_index,
-)
+from mhc_megatron.kernels.triton.residual import load_permutation, sinkhorn_fwd
+from mhc_megatron.kernels.triton.tile_math import load_coefficients
 
 
 @triton.jit
-def vector_pointers(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    """Rows ``first_row`` to ``first_row + n`` of [rows, T], as [BT, NP]."""
-    index = tl.arange(0, NP)
-    rows = (first_row + index) * T
-    mask = (index < N)[None, :] & (tokens < T)[:, None]
-    return base_ptr + rows[None, :] + tokens[:, None], mask
-
-
-@triton.jit
-def matrix_pointers(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    """Rows ``first_row`` to ``first_row + n*n`` of [rows, T], as [BT, NP, NP]."""
-    o, i = stream_index(NP)
-    rows = (first_row + o * N + i) * T
-    mask = ((o < N) & (i < N)) & (tokens < T)[:, None, None]
-    return base_ptr + rows + tokens[:, None, None], mask
-
-
-@triton.jit
-def load_vector(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    pointers, mask = vector_pointers(base_ptr, first_row, tokens, T, N, NP)
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def load_matrix(base_ptr, first_row, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    pointers, mask = matrix_pointers(base_ptr, first_row, tokens, T, N, NP)
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def load_bias_matrix(bias_ptr, N: tl.constexpr, NP: tl.constexpr):
-    o, i = stream_index(NP)
-    return tl.load(bias_ptr + 2 * N + o * N + i, mask=(o < N) & (i < N), other=0.0)
+def store_rows(base_ptr, rows, first_row, tokens, live, T, ROWS: tl.constexpr):
+    for row in tl.static_range(ROWS):
+        tl.store(base_ptr + (first_row + row) * T + tokens, rows[row], mask=live)
 
 
 @triton.jit
@@ -82,12 +47,24 @@ def gate_bwd(grad, raw, alpha, PROJECTION: tl.constexpr):
 
 
 @triton.jit
-def permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N: tl.constexpr, R: tl.constexpr):
+def logits_of(raw, first_row, alpha, bias_ptr, ROWS: tl.constexpr, PROJECTION: tl.constexpr):
+    """``gate`` of ROWS rows."""
+    logits = ()
+    for row in tl.static_range(ROWS):
+        bias = tl.load(bias_ptr + first_row + row)
+        logits = logits + (gate(raw[row], alpha, bias, PROJECTION),)
+    return logits
+
+
+@triton.jit
+def permutation_statistics(
+    raw_ptr, alpha, bias_ptr, tokens, live, T, N: tl.constexpr, R: tl.constexpr
+):
     """Maximum and sum of the softmax over the n! logits, each [BT]."""
     highest = tl.full(tokens.shape, float("-inf"), tl.float32)
     total = tl.zeros(tokens.shape, tl.float32)
     for k in range(R):
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
         higher = tl.maximum(highest, logit)
         total = total * tl.exp(highest - higher) + tl.exp(logit - higher)
         highest = higher
@@ -95,9 +72,29 @@ def permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N: tl.constexpr,
 
 
 @triton.jit
-def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N: tl.constexpr):
-    raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=tokens < T, other=0.0)
+def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N: tl.constexpr):
+    raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=live, other=0.0)
     return alpha * raw + tl.load(bias_ptr + 2 * N + k)
+
+
+@triton.jit
+def permutation_mixture(
+    raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, live, T, N: tl.constexpr, R: tl.constexpr
+):
+    """``sum_k softmax(logits)_k P_k``, n * n [BT]."""
+    highest, total = permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, live, T, N, R)
+    res = ()
+    for _ in tl.static_range(N * N):
+        res = res + (tl.zeros(tokens.shape, tl.float32),)
+    for k in range(R):
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
+        weight = tl.exp(logit - highest) / total
+        permutation = load_permutation(matrices_ptr, k, N)
+        added = ()
+        for entry in tl.static_range(N * N):
+            added = added + (res[entry] + weight * permutation[entry],)
+        res = added
+    return res
 
 
 @triton.jit
@@ -110,56 +107,55 @@ def write_mappings(
     matrices_ptr,
     packed_ptr,
     tokens,
+    live,
     T,
     eps,
     N: tl.constexpr,
-    NP: tl.constexpr,
     M: tl.constexpr,
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """``mappings`` of the tile's tokens: writes ``packed`` and returns H_pre, [BT, NP]."""
-    index = tl.arange(0, NP)
-    pre_bias = tl.load(bias_ptr + index, mask=index < N, other=0.0)[None, :]
-    post_bias = tl.load(bias_ptr + N + index, mask=index < N, other=0.0)[None, :]
-    pre = load_vector(raw_ptr, 0, tokens, T, N, NP)
-    pre = gate(pre, tl.load(alpha_pre_ptr), pre_bias, PROJECTION)
-    post = load_vector(raw_ptr, N, tokens, T, N, NP)
-    post = gate(post, tl.load(alpha_post_ptr), post_bias, PROJECTION)
+    """``mappings`` of the tile's tokens: writes ``packed`` and returns H_pre, n [BT]."""
+    raw_pre = load_coefficients(raw_ptr, 0, tokens, live, T, N)
+    raw_post = load_coefficients(raw_ptr, N, tokens, live, T, N)
+    pre = logits_of(raw_pre, 0, tl.load(alpha_pre_ptr), bias_ptr, N, PROJECTION)
+    post = logits_of(raw_post, N, tl.load(alpha_post_ptr), bias_ptr, N, PROJECTION)
     if PROJECTION != "unconstrained":
         # pre = pre.sigmoid() (+ eps), post = 2 * post.sigmoid()
-        pre = tl.sigmoid(pre)
-        if PROJECTION == "sinkhorn_v4":
-            pre += eps
-        post = 2.0 * tl.sigmoid(post)
+        shift = eps if PROJECTION == "sinkhorn_v4" else 0.0
+        pre = sigmoids(pre, 1.0, shift, N)
+        post = sigmoids(post, 2.0, 0.0, N)
+    store_rows(packed_ptr, pre, 0, tokens, live, T, N)
+    store_rows(packed_ptr, post, N, tokens, live, T, N)
 
-    res_pointers, res_mask = matrix_pointers(packed_ptr, 2 * N, tokens, T, N, NP)
-    o, i = stream_index(NP)
     if PROJECTION == "identity":
-        res = tl.zeros(res_pointers.shape, tl.float32) + tl.where(o == i, 1.0, 0.0)
-    elif PROJECTION == "permutation":
-        # res = sum_k softmax(logits)_k P_k
-        alpha = tl.load(alpha_res_ptr)
-        highest, total = permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N, M - 2 * N)
-        res = tl.zeros(res_pointers.shape, tl.float32)
-        for k in range(M - 2 * N):
-            logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
-            weight = tl.exp(logit - highest) / total
-            res += weight[:, None, None] * permutation_matrix(matrices_ptr, k, N, NP)
+        for k in tl.static_range(N * N):
+            entry = tl.full(tokens.shape, 1.0 if k // N == k % N else 0.0, tl.float32)
+            tl.store(packed_ptr + (2 * N + k) * T + tokens, entry, mask=live)
     else:
-        res = load_matrix(raw_ptr, 2 * N, tokens, T, N, NP)
-        res = gate(res, tl.load(alpha_res_ptr), load_bias_matrix(bias_ptr, N, NP), PROJECTION)
-        if PROJECTION != "unconstrained":
-            V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-            logits = pad_logits(res, N, NP)
-            res = sinkhorn_fwd(logits, eps, raw_ptr, tokens, T, N, NP, ITERATIONS, V4, False)
-
-    pointers, mask = vector_pointers(packed_ptr, 0, tokens, T, N, NP)
-    tl.store(pointers, pre, mask=mask)
-    pointers, mask = vector_pointers(packed_ptr, N, tokens, T, N, NP)
-    tl.store(pointers, post, mask=mask)
-    tl.store(res_pointers, res, mask=res_mask)
+        alpha_res = tl.load(alpha_res_ptr)
+        if PROJECTION == "permutation":
+            R: tl.constexpr = M - 2 * N
+            res = permutation_mixture(
+                raw_ptr, alpha_res, bias_ptr, matrices_ptr, tokens, live, T, N, R
+            )
+        else:
+            raw_res = load_coefficients(raw_ptr, 2 * N, tokens, live, T, N * N)
+            res = logits_of(raw_res, 2 * N, alpha_res, bias_ptr, N * N, PROJECTION)
+            if PROJECTION != "unconstrained":
+                V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
+                res = sinkhorn_fwd(res, eps, raw_ptr, tokens, live, T, N, ITERATIONS, V4, False)
+        store_rows(packed_ptr, res, 2 * N, tokens, live, T, N * N)
     return pre
+
+
+@triton.jit
+def sigmoids(logits, scale: tl.constexpr, shift, ROWS: tl.constexpr):
+    """``scale * logits.sigmoid() + shift``."""
+    values = ()
+    for row in tl.static_range(ROWS):
+        values = values + (scale * tl.sigmoid(logits[row]) + shift,)
+    return values
 
 
 @triton.jit
@@ -167,9 +163,3 @@ def sigmoid_bwd(grad, logit, scale):
     """Gradient of ``scale * logit.sigmoid()``."""
     value = tl.sigmoid(logit)
     return grad * scale * value * (1.0 - value)
-
-
-@triton.jit
-def column(matrix, index, NP: tl.constexpr):
-    """Column ``index`` of [BT, NP], as [BT]."""
-    return tl.sum(tl.where(tl.arange(0, NP)[None, :] == index, matrix, 0.0), axis=1)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.coefficients import column, write_mappings
+from mhc_megatron.kernels.triton.coefficients import write_mappings
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
@@ -64,7 +64,6 @@ def mix_fwd(
     eps,
     C: tl.constexpr,
     N: tl.constexpr,
-    NP: tl.constexpr,
     M: tl.constexpr,
     MP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -152,7 +151,7 @@ def mix_fwd(
     tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
     # Other threads than wrote them read raw, and below y.
     tl.debug_barrier()
-    pre = write_mappings(
+    own = write_mappings(
         raw_ptr,
         alpha_pre_ptr,
         alpha_post_ptr,
@@ -161,26 +160,26 @@ def mix_fwd(
         matrices_ptr,
         next_packed_ptr,
         tokens,
+        live,
         T,
         eps,
         N,
-        NP,
         M,
         PROJECTION,
         ITERATIONS,
     )
     if not SINGLE_PASS:
-        read = ()
-        for i in tl.static_range(N):
-            read = read + (column(pre, i, NP),)
         y_rows = (y_ptr if HAS_POST else x_ptr) + rows
-        for c in tl.range(0, C, BC, num_stages=STAGES):
+        # From the last chunk to the first: what was written last is still in L2.
+        CHUNKS: tl.constexpr = (C + BC - 1) // BC
+        for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
+            c = (CHUNKS - 1 - chunk) * BC
             mask = channel_mask(live, c, C, BC)
             y_tiles = load_streams(y_rows, c, mask, N, C, BC)
             # u = sum_i H_pre[i] x[i]
-            u = read[0][:, None] * y_tiles[0]
+            u = own[0][:, None] * y_tiles[0]
             for i in tl.static_range(1, N):
-                u += read[i][:, None] * y_tiles[i]
+                u += own[i][:, None] * y_tiles[i]
             u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
 

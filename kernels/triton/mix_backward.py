@@ -4,155 +4,147 @@ import triton
 import triton.language as tl
 
 from mhc_megatron.kernels.triton.coefficients import (
-    gate,
     gate_bwd,
-    load_bias_matrix,
-    load_matrix,
-    load_vector,
+    logits_of,
     permutation_logit,
     sigmoid_bwd,
 )
-from mhc_megatron.kernels.triton.residual import (
-    pad_logits,
-    permutation_matrix,
-    sinkhorn_bwd,
-    stream_index,
+from mhc_megatron.kernels.triton.residual import inner, load_permutation, sinkhorn_bwd
+from mhc_megatron.kernels.triton.tile_math import (
+    channel_mask,
+    lane_sums,
+    load_coefficients,
+    load_streams,
+    token_rows,
+    zero_sums,
 )
-from mhc_megatron.kernels.triton.tile_math import channel_mask, lane_sums, load_streams, token_rows
 
 
 @triton.jit
-def store_projected(
-    projected_ptr, grad, row, tokens, mask, T, M: tl.constexpr, PARTS: tl.constexpr
+def write_logit_gradient(
+    grad_logit,
+    grad_raw,
+    grad_gate,
+    row,
+    projected_ptr,
+    partial_ptr,
+    inverse_rms,
+    tokens,
+    live,
+    T,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Rows of the gradient of ``vec(x) phi``; in two bfloat16 parts, as ``split_weight``."""
+    """What one logit contributes: to bias and alpha, summed over the tile, and to ``vec(x) phi``.
+
+    The last in two bfloat16 parts, as ``split_weight``.
+    """
+    tl.store(partial_ptr + row, tl.sum(grad_logit, axis=0))
+    tl.store(partial_ptr + M + row, tl.sum(grad_gate, axis=0))
+    projected = grad_raw * inverse_rms
     pointers = projected_ptr + row * T + tokens
-    high = grad.to(projected_ptr.dtype.element_ty)
-    tl.store(pointers, high, mask=mask)
+    high = projected.to(projected_ptr.dtype.element_ty)
+    tl.store(pointers, high, mask=live)
     if PARTS == 2:
-        low = grad - high.to(tl.float32)
-        tl.store(pointers + M * T, low.to(projected_ptr.dtype.element_ty), mask=mask)
+        low = projected - high.to(tl.float32)
+        tl.store(pointers + M * T, low.to(projected_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def vector_bwd(
-    grad,
-    first_row: tl.constexpr,
-    scale: tl.constexpr,
-    raw_ptr,
-    alpha_ptr,
-    bias_ptr,
+def write_gradients(
+    grads,
+    raw,
+    alpha,
+    first_row,
     projected_ptr,
     partial_ptr,
-    tokens,
     inverse_rms,
+    tokens,
+    live,
     T,
-    N: tl.constexpr,
-    NP: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     PROJECTION: tl.constexpr,
 ):
-    """H_pre or H_post from [BT, NP] ``grad``; returns ``sum(grad_raw * raw)`` per token."""
-    index = tl.arange(0, NP)
-    raw = load_vector(raw_ptr, first_row, tokens, T, N, NP)
-    alpha = tl.load(alpha_ptr)
-    if PROJECTION != "unconstrained":
-        bias = tl.load(bias_ptr + first_row + index, mask=index < N, other=0.0)[None, :]
-        grad = sigmoid_bwd(grad, gate(raw, alpha, bias, PROJECTION), scale)
-    grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
-    tl.store(partial_ptr + first_row + index, tl.sum(grad, axis=0), mask=index < N)
-    tl.store(partial_ptr + M + first_row + index, tl.sum(grad_gate, axis=0), mask=index < N)
-    mask = (index < N)[None, :] & (tokens < T)[:, None]
-    rows = (first_row + index)[None, :]
-    projected = grad_raw * inverse_rms[:, None]
-    store_projected(projected_ptr, projected, rows, tokens[:, None], mask, T, M, PARTS)
-    return tl.sum(grad_raw * raw, axis=1)
+    """Of ROWS logits; returns ``sum(grad_raw * raw)`` per token."""
+    radial = tl.zeros(tokens.shape, tl.float32)
+    for row in tl.static_range(ROWS):
+        grad = tl.where(live, grads[row], 0.0)
+        grad_raw, grad_gate = gate_bwd(grad, raw[row], alpha, PROJECTION)
+        write_logit_gradient(
+            grad,
+            grad_raw,
+            grad_gate,
+            first_row + row,
+            projected_ptr,
+            partial_ptr,
+            inverse_rms,
+            tokens,
+            live,
+            T,
+            M,
+            PARTS,
+        )
+        radial += grad_raw * raw[row]
+    return radial
 
 
 @triton.jit
-def matrix_bwd(
-    grad,
-    raw_ptr,
-    alpha_ptr,
-    bias_ptr,
-    projected_ptr,
-    partial_ptr,
-    history_ptr,
-    tokens,
-    inverse_rms,
-    T,
-    eps,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    M: tl.constexpr,
-    PARTS: tl.constexpr,
-    PROJECTION: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-):
-    """H_res of n^2 logits from [BT, NP, NP] ``grad``; returns as ``vector_bwd``."""
-    raw = load_matrix(raw_ptr, 2 * N, tokens, T, N, NP)
-    alpha = tl.load(alpha_ptr)
-    if PROJECTION != "unconstrained":
-        V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-        logits = pad_logits(gate(raw, alpha, load_bias_matrix(bias_ptr, N, NP), PROJECTION), N, NP)
-        grad = sinkhorn_bwd(logits, grad, eps, history_ptr, tokens, T, N, NP, ITERATIONS, V4)
-    grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
-    o, i = stream_index(NP)
-    inside = (o < N) & (i < N)
-    rows = 2 * N + o * N + i
-    partials = partial_ptr + tl.reshape(rows, [NP, NP])
-    tl.store(partials, tl.sum(grad, axis=0), mask=tl.reshape(inside, [NP, NP]))
-    tl.store(partials + M, tl.sum(grad_gate, axis=0), mask=tl.reshape(inside, [NP, NP]))
-    mask = inside & (tokens < T)[:, None, None]
-    projected = grad_raw * inverse_rms[:, None, None]
-    store_projected(projected_ptr, projected, rows, tokens[:, None, None], mask, T, M, PARTS)
-    return tl.sum(tl.sum(grad_raw * raw, axis=2), axis=1)
+def sigmoids_bwd(grads, logits, scale: tl.constexpr, ROWS: tl.constexpr):
+    found = ()
+    for row in tl.static_range(ROWS):
+        found = found + (sigmoid_bwd(grads[row], logits[row], scale),)
+    return found
 
 
 @triton.jit
 def permutation_bwd(
     grad,
     raw_ptr,
-    alpha_ptr,
+    alpha,
     bias_ptr,
     matrices_ptr,
     projected_ptr,
     partial_ptr,
-    tokens,
     inverse_rms,
+    tokens,
+    live,
     T,
     N: tl.constexpr,
-    NP: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """H_res of n! logits; returns as ``vector_bwd``."""
+    """H_res of n! logits; returns as ``write_gradients``."""
     R: tl.constexpr = M - 2 * N
-    alpha = tl.load(alpha_ptr)
     highest, total, mean = permutation_moments(
-        grad, raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, T, N, NP, R
+        grad, raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, live, T, N, R
     )
     radial = tl.zeros(tokens.shape, tl.float32)
     for k in range(R):
-        raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=tokens < T, other=0.0)
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+        raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=live, other=0.0)
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
         # weights = logits.softmax(dim=-1); res = sum_k weights_k P_k
-        grad_weight = matrix_inner(grad, permutation_matrix(matrices_ptr, k, N, NP))
+        grad_weight = inner(grad, load_permutation(matrices_ptr, k, N), N)
         grad_logit = tl.exp(logit - highest) / total * (grad_weight - mean)
-        grad_logit = tl.where(tokens < T, grad_logit, 0.0)
-        tl.store(partial_ptr + 2 * N + k, tl.sum(grad_logit, axis=0))
-        tl.store(partial_ptr + M + 2 * N + k, tl.sum(grad_logit * raw, axis=0))
+        grad_logit = tl.where(live, grad_logit, 0.0)
         grad_raw = grad_logit * alpha
-        projected = grad_raw * inverse_rms
-        store_projected(projected_ptr, projected, 2 * N + k, tokens, tokens < T, T, M, PARTS)
+        write_logit_gradient(
+            grad_logit,
+            grad_raw,
+            grad_logit * raw,
+            2 * N + k,
+            projected_ptr,
+            partial_ptr,
+            inverse_rms,
+            tokens,
+            live,
+            T,
+            M,
+            PARTS,
+        )
         radial += grad_raw * raw
     return radial
-
-
-@triton.jit
-def matrix_inner(left, right):
-    return tl.sum(tl.sum(left * right, axis=2), axis=1)
 
 
 @triton.jit
@@ -163,9 +155,9 @@ def permutation_moments(
     bias_ptr,
     matrices_ptr,
     tokens,
+    live,
     T,
     N: tl.constexpr,
-    NP: tl.constexpr,
     R: tl.constexpr,
 ):
     """Maximum and sum of the softmax, and the mean of the weights' gradients under it."""
@@ -173,8 +165,8 @@ def permutation_moments(
     total = tl.zeros(tokens.shape, tl.float32)
     mean = tl.zeros(tokens.shape, tl.float32)
     for k in range(R):
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
-        grad_weight = matrix_inner(grad, permutation_matrix(matrices_ptr, k, N, NP))
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
+        grad_weight = inner(grad, load_permutation(matrices_ptr, k, N), N)
         higher = tl.maximum(highest, logit)
         shrink = tl.exp(highest - higher)
         share = tl.exp(logit - higher)
@@ -182,6 +174,14 @@ def permutation_moments(
         mean = mean * shrink + share * grad_weight
         highest = higher
     return highest, total, mean / total
+
+
+@triton.jit
+def zero_rows(tokens, ROWS: tl.constexpr):
+    rows = ()
+    for _ in tl.static_range(ROWS):
+        rows = rows + (tl.zeros(tokens.shape, tl.float32),)
+    return rows
 
 
 @triton.jit
@@ -203,7 +203,6 @@ def mix_bwd(
     eps,
     C: tl.constexpr,
     N: tl.constexpr,
-    NP: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECTION: tl.constexpr,
@@ -224,17 +223,14 @@ def mix_bwd(
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
-    index = tl.arange(0, NP)
     if HAS_GRAD_PACKED:
-        grad_pre = load_vector(grad_packed_ptr, 0, tokens, T, N, NP)
-        grad_post = load_vector(grad_packed_ptr, N, tokens, T, N, NP)
+        grad_pre = load_coefficients(grad_packed_ptr, 0, tokens, live, T, N)
+        grad_post = load_coefficients(grad_packed_ptr, N, tokens, live, T, N)
     else:
-        grad_pre = tl.zeros([BT, NP], tl.float32)
-        grad_post = tl.zeros([BT, NP], tl.float32)
+        grad_pre = zero_rows(tokens, N)
+        grad_post = zero_rows(tokens, N)
     if not SINGLE_PASS:
-        sums = ()
-        for _ in tl.static_range(N):
-            sums = sums + (tl.zeros([BT, BC // VECTOR], tl.float32),)
+        sums = zero_sums(N, BT, BC // VECTOR)
         rows = tl.arange(0, BT)[:, None]
         y_ptr += first * K
         grad_u_ptr += first * C
@@ -248,88 +244,99 @@ def mix_bwd(
             for i in tl.static_range(N):
                 added = added + (sums[i] + lane_sums(grad_u * y[i], BT, BC, VECTOR),)
             sums = added
+        read = ()
         for i in tl.static_range(N):
-            grad_pre += tl.where((index == i)[None, :], tl.sum(sums[i], axis=1)[:, None], 0.0)
+            read = read + (grad_pre[i] + tl.sum(sums[i], axis=1),)
+        grad_pre = read
 
     inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
     partial_ptr += tl.program_id(0).to(tl.int64) * (2 * M)
-    radial = vector_bwd(
+    alpha_pre, alpha_post = tl.load(alpha_pre_ptr), tl.load(alpha_post_ptr)
+    raw_pre = load_coefficients(raw_ptr, 0, tokens, live, T, N)
+    raw_post = load_coefficients(raw_ptr, N, tokens, live, T, N)
+    if PROJECTION != "unconstrained":
+        pre = logits_of(raw_pre, 0, alpha_pre, bias_ptr, N, PROJECTION)
+        post = logits_of(raw_post, N, alpha_post, bias_ptr, N, PROJECTION)
+        grad_pre = sigmoids_bwd(grad_pre, pre, 1.0, N)
+        grad_post = sigmoids_bwd(grad_post, post, 2.0, N)
+    radial = write_gradients(
         grad_pre,
+        raw_pre,
+        alpha_pre,
         0,
-        1.0,
-        raw_ptr,
-        alpha_pre_ptr,
-        bias_ptr,
         projected_ptr,
         partial_ptr,
-        tokens,
         inverse_rms,
+        tokens,
+        live,
         T,
-        N,
-        NP,
         M,
         PARTS,
+        N,
         PROJECTION,
     )
-    radial += vector_bwd(
+    radial += write_gradients(
         grad_post,
+        raw_post,
+        alpha_post,
         N,
-        2.0,
-        raw_ptr,
-        alpha_post_ptr,
-        bias_ptr,
         projected_ptr,
         partial_ptr,
-        tokens,
         inverse_rms,
+        tokens,
+        live,
         T,
-        N,
-        NP,
         M,
         PARTS,
+        N,
         PROJECTION,
     )
     if PROJECTION != "identity":
         if HAS_GRAD_PACKED:
-            grad_res = load_matrix(grad_packed_ptr, 2 * N, tokens, T, N, NP)
+            grad_res = load_coefficients(grad_packed_ptr, 2 * N, tokens, live, T, N * N)
         else:
-            grad_res = tl.zeros([BT, NP, NP], tl.float32)
+            grad_res = zero_rows(tokens, N * N)
+        alpha_res = tl.load(alpha_res_ptr)
         if PROJECTION == "permutation":
             radial += permutation_bwd(
                 grad_res,
                 raw_ptr,
-                alpha_res_ptr,
+                alpha_res,
                 bias_ptr,
                 matrices_ptr,
                 projected_ptr,
                 partial_ptr,
-                tokens,
                 inverse_rms,
+                tokens,
+                live,
                 T,
                 N,
-                NP,
                 M,
                 PARTS,
             )
         else:
-            radial += matrix_bwd(
+            raw_res = load_coefficients(raw_ptr, 2 * N, tokens, live, T, N * N)
+            if PROJECTION != "unconstrained":
+                V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
+                res = logits_of(raw_res, 2 * N, alpha_res, bias_ptr, N * N, PROJECTION)
+                grad_res = sinkhorn_bwd(
+                    res, grad_res, eps, history_ptr, tokens, live, T, N, ITERATIONS, V4
+                )
+            radial += write_gradients(
                 grad_res,
-                raw_ptr,
-                alpha_res_ptr,
-                bias_ptr,
+                raw_res,
+                alpha_res,
+                2 * N,
                 projected_ptr,
                 partial_ptr,
-                history_ptr,
-                tokens,
                 inverse_rms,
+                tokens,
+                live,
                 T,
-                eps,
-                N,
-                NP,
                 M,
                 PARTS,
+                N * N,
                 PROJECTION,
-                ITERATIONS,
             )
     # raw = proj / rms, rms^2 = mean(x^2) + eps: grad x += -(grad_raw . raw) / (K rms^2) x
     tl.store(radial_ptr + tokens, -radial * inverse_rms * inverse_rms / K, mask=live)

@@ -1,8 +1,9 @@
-"""Device functions: residual logits to H_res and back, for a tile of tokens in parallel lanes.
+"""Device functions: residual logits to H_res and back, one token per lane.
 
-Matrices are [BT, NP, NP] in registers, ``res[t, o, i]``. Where n is not a power of two, the
-padding is a separate identity block that no sum mixes with the n x n matrix, so that the
-iterations need no masks.
+A matrix is a tuple of n * n [BT] tensors, ``res[o * n + i]``: rows and columns are then summed by
+plain arithmetic between a lane's own registers, where a [BT, n, n] block would pay shuffles between
+lanes, twice per iteration. Loops over the iterations are run-time loops: unrolled, 20 of them take
+the compiler minutes.
 """
 
 import triton
@@ -10,42 +11,129 @@ import triton.language as tl
 
 
 @triton.jit
-def stream_index(NP: tl.constexpr):
-    """(o, i) as [1, NP, 1] and [1, 1, NP]."""
-    index = tl.arange(0, NP)
-    return index[None, :, None], index[None, None, :]
+def column_sums(matrix, N: tl.constexpr):
+    """``matrix.sum(dim=-2)``, n [BT]."""
+    sums = ()
+    for i in tl.static_range(N):
+        total = matrix[i]
+        for o in tl.static_range(1, N):
+            total += matrix[o * N + i]
+        sums = sums + (total,)
+    return sums
 
 
 @triton.jit
-def log_column_softmax(logits):
+def row_sums(matrix, N: tl.constexpr):
+    """``matrix.sum(dim=-1)``, n [BT]."""
+    sums = ()
+    for o in tl.static_range(N):
+        total = matrix[o * N]
+        for i in tl.static_range(1, N):
+            total += matrix[o * N + i]
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def scale_columns(matrix, factors, N: tl.constexpr):
+    scaled = ()
+    for k in tl.static_range(N * N):
+        scaled = scaled + (matrix[k] * factors[k % N],)
+    return scaled
+
+
+@triton.jit
+def scale_rows(matrix, factors, N: tl.constexpr):
+    scaled = ()
+    for k in tl.static_range(N * N):
+        scaled = scaled + (matrix[k] * factors[k // N],)
+    return scaled
+
+
+@triton.jit
+def subtract_columns(matrix, shifts, N: tl.constexpr):
+    shifted = ()
+    for k in tl.static_range(N * N):
+        shifted = shifted + (matrix[k] - shifts[k % N],)
+    return shifted
+
+
+@triton.jit
+def subtract_rows(matrix, shifts, N: tl.constexpr):
+    shifted = ()
+    for k in tl.static_range(N * N):
+        shifted = shifted + (matrix[k] - shifts[k // N],)
+    return shifted
+
+
+@triton.jit
+def product(left, right, N: tl.constexpr):
+    """Of two matrices, element by element."""
+    products = ()
+    for k in tl.static_range(N * N):
+        products = products + (left[k] * right[k],)
+    return products
+
+
+@triton.jit
+def exponentials(matrix, N: tl.constexpr):
+    values = ()
+    for k in tl.static_range(N * N):
+        values = values + (tl.exp(matrix[k]),)
+    return values
+
+
+@triton.jit
+def inverses(divisors, N: tl.constexpr):
+    found = ()
+    for k in tl.static_range(N):
+        found = found + (1.0 / divisors[k],)
+    return found
+
+
+@triton.jit
+def raised(divisors, floor, N: tl.constexpr):
+    found = ()
+    for k in tl.static_range(N):
+        found = found + (divisors[k] + floor,)
+    return found
+
+
+@triton.jit
+def log_column_softmax(logits, N: tl.constexpr):
     """``logits.log_softmax(dim=-2)``."""
-    shifted = logits - tl.max(logits, axis=1)[:, None, :]
-    return shifted - tl.log(tl.sum(tl.exp(shifted), axis=1))[:, None, :]
+    highest = ()
+    for i in tl.static_range(N):
+        top = logits[i]
+        for o in tl.static_range(1, N):
+            top = tl.maximum(top, logits[o * N + i])
+        highest = highest + (top,)
+    shifted = subtract_columns(logits, highest, N)
+    totals = column_sums(exponentials(shifted, N), N)
+    logs = ()
+    for i in tl.static_range(N):
+        logs = logs + (tl.log(totals[i]),)
+    return subtract_columns(shifted, logs, N)
 
 
 @triton.jit
-def pad_logits(logits, N: tl.constexpr, NP: tl.constexpr):
-    """Make the padding a separate identity block."""
-    o, i = stream_index(NP)
-    inside = (o < N) & (i < N)
-    return tl.where(inside, logits, tl.where(o == i, 0.0, float("-inf")))
-
-
-@triton.jit
-def first_iteration(log_columns, eps, N: tl.constexpr, NP: tl.constexpr, V4: tl.constexpr):
-    """The first iteration of either Sinkhorn, and the divisor of its rows (of ``sinkhorn_v4``)."""
+def first_iteration(log_columns, eps, N: tl.constexpr, V4: tl.constexpr):
+    """The first iteration of either Sinkhorn, and the divisors of its rows."""
     if V4:
-        # res = logits.softmax(dim=-2) + eps
-        o, i = stream_index(NP)
-        res = tl.exp(log_columns)
-        res = tl.where((o < N) & (i < N), res + eps, res)
-        # res = res / (res.sum(dim=-1) + eps)
-        divisor = tl.sum(res, axis=2) + eps
+        # res = logits.softmax(dim=-2) + eps; res = res / (res.sum(dim=-1) + eps)
+        res = raised(exponentials(log_columns, N), eps, N * N)
+        divisors = raised(row_sums(res, N), eps, N)
     else:
         # res = log_columns.softmax(dim=-1)
-        res = tl.exp(log_columns - tl.max(log_columns, axis=2)[:, :, None])
-        divisor = tl.sum(res, axis=2)
-    return res / divisor[:, :, None], divisor
+        highest = ()
+        for o in tl.static_range(N):
+            top = log_columns[o * N]
+            for i in tl.static_range(1, N):
+                top = tl.maximum(top, log_columns[o * N + i])
+            highest = highest + (top,)
+        res = exponentials(subtract_rows(log_columns, highest, N), N)
+        divisors = row_sums(res, N)
+    return scale_rows(res, inverses(divisors, N), N), divisors
 
 
 @triton.jit
@@ -54,9 +142,9 @@ def sinkhorn_fwd(
     eps,
     history_ptr,
     tokens,
+    live,
     T,
     N: tl.constexpr,
-    NP: tl.constexpr,
     ITERATIONS: tl.constexpr,
     V4: tl.constexpr,
     HISTORY: tl.constexpr,
@@ -66,39 +154,33 @@ def sinkhorn_fwd(
     ``history``: [2 * (iterations - 1) * n, T], columns' and rows' divisors of each iteration.
     """
     floor = eps if V4 else 0.0
-    res, _ = first_iteration(log_column_softmax(logits), eps, N, NP, V4)
-    # A run-time loop: unrolled, 20 iterations take the compiler minutes.
+    res, _ = first_iteration(log_column_softmax(logits, N), eps, N, V4)
     for step in range(ITERATIONS - 1):
         # res = res / (res.sum(dim=-2) + eps)
-        columns = tl.sum(res, axis=1) + floor
-        res = res * (1.0 / columns)[:, None, :]
+        columns = raised(column_sums(res, N), floor, N)
+        res = scale_columns(res, inverses(columns, N), N)
         # res = res / (res.sum(dim=-1) + eps)
-        rows = tl.sum(res, axis=2) + floor
-        res = res * (1.0 / rows)[:, :, None]
+        rows = raised(row_sums(res, N), floor, N)
+        res = scale_rows(res, inverses(rows, N), N)
         if HISTORY:
-            store_divisor(history_ptr, columns, 2 * step, tokens, T, N, NP)
-            store_divisor(history_ptr, rows, 2 * step + 1, tokens, T, N, NP)
+            store_divisors(history_ptr, columns, 2 * step, tokens, live, T, N)
+            store_divisors(history_ptr, rows, 2 * step + 1, tokens, live, T, N)
     return res
 
 
 @triton.jit
-def divisor_pointers(history_ptr, step, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    index = tl.arange(0, NP)
-    rows = (step * N + index) * T
-    mask = (index < N)[None, :] & (tokens < T)[:, None]
-    return history_ptr + rows[None, :] + tokens[:, None], mask
+def store_divisors(history_ptr, divisors, step, tokens, live, T, N: tl.constexpr):
+    for k in tl.static_range(N):
+        tl.store(history_ptr + (step * N + k) * T + tokens, divisors[k], mask=live)
 
 
 @triton.jit
-def store_divisor(history_ptr, divisor, step, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    pointers, mask = divisor_pointers(history_ptr, step, tokens, T, N, NP)
-    tl.store(pointers, divisor, mask=mask)
-
-
-@triton.jit
-def load_divisor(history_ptr, step, tokens, T, N: tl.constexpr, NP: tl.constexpr):
-    pointers, mask = divisor_pointers(history_ptr, step, tokens, T, N, NP)
-    return tl.load(pointers, mask=mask, other=1.0)
+def load_divisors(history_ptr, step, tokens, live, T, N: tl.constexpr):
+    divisors = ()
+    for k in tl.static_range(N):
+        pointers = history_ptr + (step * N + k) * T + tokens
+        divisors = divisors + (tl.load(pointers, mask=live, other=1.0),)
+    return divisors
 
 
 @triton.jit
@@ -108,9 +190,9 @@ def sinkhorn_bwd(
     eps,
     history_ptr,
     tokens,
+    live,
     T,
     N: tl.constexpr,
-    NP: tl.constexpr,
     ITERATIONS: tl.constexpr,
     V4: tl.constexpr,
 ):
@@ -119,36 +201,64 @@ def sinkhorn_bwd(
     A normalisation ``m' = m / d`` with ``d = sum(m) + eps`` has the gradient
     ``(grad' - sum(grad' m')) / d``, and ``m = m' d`` is had again from the divisors alone.
     """
-    res = sinkhorn_fwd(logits, eps, history_ptr, tokens, T, N, NP, ITERATIONS, V4, True)
-    # The divisors are read by other threads than wrote them.
-    tl.debug_barrier()
-    for back in range(ITERATIONS - 1):
-        step = 2 * (ITERATIONS - 2 - back)
-        # res = res / (res.sum(dim=-1) + eps)
-        rows = load_divisor(history_ptr, step + 1, tokens, T, N, NP)
-        grad = (grad - tl.sum(grad * res, axis=2)[:, :, None]) * (1.0 / rows)[:, :, None]
-        res = res * rows[:, :, None]
-        # res = res / (res.sum(dim=-2) + eps)
-        columns = load_divisor(history_ptr, step, tokens, T, N, NP)
-        grad = (grad - tl.sum(grad * res, axis=1)[:, None, :]) * (1.0 / columns)[:, None, :]
-        res = res * columns[:, None, :]
-    log_columns = log_column_softmax(logits)
-    res, divisor = first_iteration(log_columns, eps, N, NP, V4)
-    grad = grad - tl.sum(grad * res, axis=2)[:, :, None]
-    columns = tl.exp(log_columns)
+    res = sinkhorn_fwd(logits, eps, history_ptr, tokens, live, T, N, ITERATIONS, V4, True)
+    if ITERATIONS > 1:
+        # Threads that hold copies of a token may read what another of them wrote.
+        tl.debug_barrier()
+        last: tl.constexpr = 2 * (ITERATIONS - 2)
+        rows = load_divisors(history_ptr, last + 1, tokens, live, T, N)
+        columns = load_divisors(history_ptr, last, tokens, live, T, N)
+        for back in range(ITERATIONS - 1):
+            # The next step's divisors are on their way while this one computes.
+            ahead = tl.maximum(2 * (ITERATIONS - 3 - back), 0)
+            next_rows = load_divisors(history_ptr, ahead + 1, tokens, live, T, N)
+            next_columns = load_divisors(history_ptr, ahead, tokens, live, T, N)
+            # res = res / (res.sum(dim=-1) + eps)
+            grad = subtract_rows(grad, row_sums(product(grad, res, N), N), N)
+            grad = scale_rows(grad, inverses(rows, N), N)
+            res = scale_rows(res, rows, N)
+            # res = res / (res.sum(dim=-2) + eps)
+            grad = subtract_columns(grad, column_sums(product(grad, res, N), N), N)
+            grad = scale_columns(grad, inverses(columns, N), N)
+            res = scale_columns(res, columns, N)
+            rows, columns = next_rows, next_columns
+    log_columns = log_column_softmax(logits, N)
+    res, divisors = first_iteration(log_columns, eps, N, V4)
+    grad = subtract_rows(grad, row_sums(product(grad, res, N), N), N)
+    softmax = exponentials(log_columns, N)
     if V4:
         # res = logits.softmax(dim=-2) + eps; res = res / (res.sum(dim=-1) + eps)
-        grad = grad / divisor[:, :, None]
-        grad = columns * (grad - tl.sum(grad * columns, axis=1)[:, None, :])
+        grad = scale_rows(grad, inverses(divisors, N), N)
+        grad = subtract_columns(grad, column_sums(product(grad, softmax, N), N), N)
+        grad = product(softmax, grad, N)
     else:
         # res = logits.log_softmax(dim=-2).softmax(dim=-1)
-        grad = grad * res
-        grad = grad - columns * tl.sum(grad, axis=1)[:, None, :]
+        grad = product(grad, res, N)
+        grad = subtract(grad, scale_columns(softmax, column_sums(grad, N), N), N)
     return grad
 
 
 @triton.jit
-def permutation_matrix(matrices_ptr, index, N: tl.constexpr, NP: tl.constexpr):
-    """P_k of the table [n!, n, n], [1, NP, NP]."""
-    o, i = stream_index(NP)
-    return tl.load(matrices_ptr + (index * N + o) * N + i, mask=(o < N) & (i < N), other=0.0)
+def subtract(left, right, N: tl.constexpr):
+    differences = ()
+    for k in tl.static_range(N * N):
+        differences = differences + (left[k] - right[k],)
+    return differences
+
+
+@triton.jit
+def inner(left, right, N: tl.constexpr):
+    """``(left * right).sum()`` of every token, [BT]."""
+    total = left[0] * right[0]
+    for k in tl.static_range(1, N * N):
+        total += left[k] * right[k]
+    return total
+
+
+@triton.jit
+def load_permutation(matrices_ptr, index, N: tl.constexpr):
+    """P_k of the table [n!, n, n]: n * n scalars."""
+    entries = ()
+    for k in tl.static_range(N * N):
+        entries = entries + (tl.load(matrices_ptr + index * (N * N) + k),)
+    return entries

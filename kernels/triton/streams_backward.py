@@ -14,6 +14,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     post_mix_stream,
     separate,
     token_rows,
+    zero_sums,
 )
 
 
@@ -59,14 +60,6 @@ def projected_product(
 def store_sums(base_ptr, sums, first_row, tokens, live, T, ROWS: tl.constexpr):
     for row in tl.static_range(ROWS):
         tl.store(base_ptr + (first_row + row) * T + tokens, tl.sum(sums[row], axis=1), mask=live)
-
-
-@triton.jit
-def zero_sums(ROWS: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BT, WIDTH], tl.float32),)
-    return sums
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         mix=Tile(tokens=32, channels=64, num_warps=8, num_stages=4),
         post=Tile(tokens=16, channels=128, num_stages=1),
         mix_backward=Tile(tokens=16, channels=128),
-        streams_backward=Tile(tokens=16, channels=64, num_stages=2),
+        streams_backward=Tile(tokens=32, channels=64, num_warps=8),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
     )
