@@ -1,19 +1,40 @@
-"""Device functions: raw logits to the mappings of a tile of tokens, one token per lane.
+"""Device functions: raw logits to the mappings of a tile of tokens, and their backward.
 
-T and ``tokens`` are int64; rows of ``raw`` and ``packed`` are tuples of [BT].
+T and ``tokens`` are int64; rows of ``raw`` and ``packed`` are loaded as [BT] or as blocks
+[BT, PADDED], PADDED a power of two.
 """
 
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.residual import load_permutation, sinkhorn_fwd
-from mhc_megatron.kernels.triton.tile_math import load_coefficients
+from mhc_megatron.kernels.triton.residual import (
+    block_of,
+    entries_of,
+    load_permutation,
+    sinkhorn_fwd,
+)
 
 
 @triton.jit
-def store_rows(base_ptr, rows, first_row, tokens, live, T, ROWS: tl.constexpr):
-    for row in tl.static_range(ROWS):
-        tl.store(base_ptr + (first_row + row) * T + tokens, rows[row], mask=live)
+def block_pointers(base_ptr, first_row, tokens, T, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Rows ``first_row`` to ``first_row + ROWS`` of [rows, T], as [BT, PADDED]."""
+    index = tl.arange(0, PADDED)
+    rows = (first_row + index) * T
+    mask = (index < ROWS)[None, :] & (tokens < T)[:, None]
+    return base_ptr + rows[None, :] + tokens[:, None], mask
+
+
+@triton.jit
+def load_block(base_ptr, first_row, tokens, T, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    pointers, mask = block_pointers(base_ptr, first_row, tokens, T, ROWS, PADDED)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_bias(bias_ptr, first_row, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """[1, PADDED]."""
+    index = tl.arange(0, PADDED)
+    return tl.load(bias_ptr + first_row + index, mask=index < ROWS, other=0.0)[None, :]
 
 
 @triton.jit
@@ -47,24 +68,12 @@ def gate_bwd(grad, raw, alpha, PROJECTION: tl.constexpr):
 
 
 @triton.jit
-def logits_of(raw, first_row, alpha, bias_ptr, ROWS: tl.constexpr, PROJECTION: tl.constexpr):
-    """``gate`` of ROWS rows."""
-    logits = ()
-    for row in tl.static_range(ROWS):
-        bias = tl.load(bias_ptr + first_row + row)
-        logits = logits + (gate(raw[row], alpha, bias, PROJECTION),)
-    return logits
-
-
-@triton.jit
-def permutation_statistics(
-    raw_ptr, alpha, bias_ptr, tokens, live, T, N: tl.constexpr, R: tl.constexpr
-):
+def permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N: tl.constexpr, R: tl.constexpr):
     """Maximum and sum of the softmax over the n! logits, each [BT]."""
     highest = tl.full(tokens.shape, float("-inf"), tl.float32)
     total = tl.zeros(tokens.shape, tl.float32)
     for k in range(R):
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
         higher = tl.maximum(highest, logit)
         total = total * tl.exp(highest - higher) + tl.exp(logit - higher)
         highest = higher
@@ -72,29 +81,9 @@ def permutation_statistics(
 
 
 @triton.jit
-def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N: tl.constexpr):
-    raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=live, other=0.0)
+def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N: tl.constexpr):
+    raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=tokens < T, other=0.0)
     return alpha * raw + tl.load(bias_ptr + 2 * N + k)
-
-
-@triton.jit
-def permutation_mixture(
-    raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, live, T, N: tl.constexpr, R: tl.constexpr
-):
-    """``sum_k softmax(logits)_k P_k``, n * n [BT]."""
-    highest, total = permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, live, T, N, R)
-    res = ()
-    for _ in tl.static_range(N * N):
-        res = res + (tl.zeros(tokens.shape, tl.float32),)
-    for k in range(R):
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
-        weight = tl.exp(logit - highest) / total
-        permutation = load_permutation(matrices_ptr, k, N)
-        added = ()
-        for entry in tl.static_range(N * N):
-            added = added + (res[entry] + weight * permutation[entry],)
-        res = added
-    return res
 
 
 @triton.jit
@@ -107,55 +96,58 @@ def write_mappings(
     matrices_ptr,
     packed_ptr,
     tokens,
-    live,
     T,
     eps,
     N: tl.constexpr,
+    NP: tl.constexpr,
+    NN: tl.constexpr,
     M: tl.constexpr,
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """``mappings`` of the tile's tokens: writes ``packed`` and returns H_pre, n [BT]."""
-    raw_pre = load_coefficients(raw_ptr, 0, tokens, live, T, N)
-    raw_post = load_coefficients(raw_ptr, N, tokens, live, T, N)
-    pre = logits_of(raw_pre, 0, tl.load(alpha_pre_ptr), bias_ptr, N, PROJECTION)
-    post = logits_of(raw_post, N, tl.load(alpha_post_ptr), bias_ptr, N, PROJECTION)
+    """``mappings`` of the tile's tokens: writes ``packed`` and returns H_pre, [BT, NP]."""
+    pre = load_block(raw_ptr, 0, tokens, T, N, NP)
+    pre = gate(pre, tl.load(alpha_pre_ptr), load_bias(bias_ptr, 0, N, NP), PROJECTION)
+    post = load_block(raw_ptr, N, tokens, T, N, NP)
+    post = gate(post, tl.load(alpha_post_ptr), load_bias(bias_ptr, N, N, NP), PROJECTION)
     if PROJECTION != "unconstrained":
         # pre = pre.sigmoid() (+ eps), post = 2 * post.sigmoid()
-        shift = eps if PROJECTION == "sinkhorn_v4" else 0.0
-        pre = sigmoids(pre, 1.0, shift, N)
-        post = sigmoids(post, 2.0, 0.0, N)
-    store_rows(packed_ptr, pre, 0, tokens, live, T, N)
-    store_rows(packed_ptr, post, N, tokens, live, T, N)
+        pre = tl.sigmoid(pre)
+        if PROJECTION == "sinkhorn_v4":
+            pre += eps
+        post = 2.0 * tl.sigmoid(post)
 
+    res_pointers, res_mask = block_pointers(packed_ptr, 2 * N, tokens, T, N * N, NN)
     if PROJECTION == "identity":
-        for k in tl.static_range(N * N):
-            entry = tl.full(tokens.shape, 1.0 if k // N == k % N else 0.0, tl.float32)
-            tl.store(packed_ptr + (2 * N + k) * T + tokens, entry, mask=live)
+        entry = tl.arange(0, NN)
+        res = tl.zeros(res_pointers.shape, tl.float32)
+        res += tl.where(entry // N == entry % N, 1.0, 0.0)[None, :]
+    elif PROJECTION == "permutation":
+        # res = sum_k softmax(logits)_k P_k
+        alpha = tl.load(alpha_res_ptr)
+        highest, total = permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N, M - 2 * N)
+        res = tl.zeros(res_pointers.shape, tl.float32)
+        for k in range(M - 2 * N):
+            logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+            weight = tl.exp(logit - highest) / total
+            res += weight[:, None] * load_permutation(matrices_ptr, k, N, NN)
     else:
-        alpha_res = tl.load(alpha_res_ptr)
-        if PROJECTION == "permutation":
-            R: tl.constexpr = M - 2 * N
-            res = permutation_mixture(
-                raw_ptr, alpha_res, bias_ptr, matrices_ptr, tokens, live, T, N, R
-            )
-        else:
-            raw_res = load_coefficients(raw_ptr, 2 * N, tokens, live, T, N * N)
-            res = logits_of(raw_res, 2 * N, alpha_res, bias_ptr, N * N, PROJECTION)
-            if PROJECTION != "unconstrained":
-                V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-                res = sinkhorn_fwd(res, eps, raw_ptr, tokens, live, T, N, ITERATIONS, V4, False)
-        store_rows(packed_ptr, res, 2 * N, tokens, live, T, N * N)
+        res = load_block(raw_ptr, 2 * N, tokens, T, N * N, NN)
+        res = gate(res, tl.load(alpha_res_ptr), load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
+        if PROJECTION != "unconstrained":
+            V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
+            LEVELS: tl.constexpr = NN.bit_length() - 1
+            logits = entries_of(res, N * N, LEVELS)
+            live = tokens < T
+            res = sinkhorn_fwd(logits, eps, raw_ptr, tokens, live, T, N, ITERATIONS, V4, False)
+            res = block_of(res, N * N, LEVELS)
+
+    pointers, mask = block_pointers(packed_ptr, 0, tokens, T, N, NP)
+    tl.store(pointers, pre, mask=mask)
+    pointers, mask = block_pointers(packed_ptr, N, tokens, T, N, NP)
+    tl.store(pointers, post, mask=mask)
+    tl.store(res_pointers, res, mask=res_mask)
     return pre
-
-
-@triton.jit
-def sigmoids(logits, scale: tl.constexpr, shift, ROWS: tl.constexpr):
-    """``scale * logits.sigmoid() + shift``."""
-    values = ()
-    for row in tl.static_range(ROWS):
-        values = values + (scale * tl.sigmoid(logits[row]) + shift,)
-    return values
 
 
 @triton.jit
@@ -163,3 +155,9 @@ def sigmoid_bwd(grad, logit, scale):
     """Gradient of ``scale * logit.sigmoid()``."""
     value = tl.sigmoid(logit)
     return grad * scale * value * (1.0 - value)
+
+
+@triton.jit
+def column(matrix, index, NP: tl.constexpr):
+    """Column ``index`` of [BT, NP], as [BT]."""
+    return tl.sum(tl.where(tl.arange(0, NP)[None, :] == index, matrix, 0.0), axis=1)

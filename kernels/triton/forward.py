@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.coefficients import write_mappings
+from mhc_megatron.kernels.triton.coefficients import column, write_mappings
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
@@ -64,6 +64,8 @@ def mix_fwd(
     eps,
     C: tl.constexpr,
     N: tl.constexpr,
+    NP: tl.constexpr,
+    NN: tl.constexpr,
     M: tl.constexpr,
     MP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -104,10 +106,13 @@ def mix_fwd(
     weight_rows = weight_ptr + ((tl.arange(0, PARTS * MP) // MP) * M + m)[:, None] * K
     projected = tl.zeros([PARTS * MP, BT], tl.float32)
     squares = tl.zeros([BT, BC], tl.float32)
+    # L2 is kept for what is read again: the new streams.
+    X_EVICTION: tl.constexpr = "evict_first" if HAS_POST or SINGLE_PASS else "evict_last"
+    Y_EVICTION: tl.constexpr = "" if SINGLE_PASS else "evict_last"
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         channels = c + tl.arange(0, BC)
-        x = load_streams(x_ptr + rows, c, mask, N, C, BC)
+        x = load_streams(x_ptr + rows, c, mask, N, C, BC, X_EVICTION)
         if HAS_POST:
             branch = load_branch(
                 branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
@@ -119,7 +124,8 @@ def mix_fwd(
             if HAS_POST:
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f, rounded to the streams' dtype
                 y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + rows + (o * C + channels)[None, :], y, mask=mask)
+                y_pointers = y_ptr + rows + (o * C + channels)[None, :]
+                tl.store(y_pointers, y, mask=mask, eviction_policy=Y_EVICTION)
             else:
                 y = x[o].to(x_ptr.dtype.element_ty)
             # vec(x) phi and mean(vec(x)^2)
@@ -151,7 +157,7 @@ def mix_fwd(
     tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
     # Other threads than wrote them read raw, and below y.
     tl.debug_barrier()
-    own = write_mappings(
+    pre = write_mappings(
         raw_ptr,
         alpha_pre_ptr,
         alpha_post_ptr,
@@ -160,26 +166,30 @@ def mix_fwd(
         matrices_ptr,
         next_packed_ptr,
         tokens,
-        live,
         T,
         eps,
         N,
+        NP,
+        NN,
         M,
         PROJECTION,
         ITERATIONS,
     )
     if not SINGLE_PASS:
+        read = ()
+        for i in tl.static_range(N):
+            read = read + (column(pre, i, NP),)
         y_rows = (y_ptr if HAS_POST else x_ptr) + rows
         # From the last chunk to the first: what was written last is still in L2.
         CHUNKS: tl.constexpr = (C + BC - 1) // BC
         for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
             c = (CHUNKS - 1 - chunk) * BC
             mask = channel_mask(live, c, C, BC)
-            y_tiles = load_streams(y_rows, c, mask, N, C, BC)
+            y_tiles = load_streams(y_rows, c, mask, N, C, BC, "evict_first")
             # u = sum_i H_pre[i] x[i]
-            u = own[0][:, None] * y_tiles[0]
+            u = read[0][:, None] * y_tiles[0]
             for i in tl.static_range(1, N):
-                u += own[i][:, None] * y_tiles[i]
+                u += read[i][:, None] * y_tiles[i]
             u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
 

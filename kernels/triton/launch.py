@@ -125,6 +125,8 @@ def mix(
             options.eps,
             C=channels,
             N=n,
+            NP=padded(n, 2),
+            NN=padded(n * n, 2),
             M=num_logits,
             MP=logit_rows(num_logits, streams.dtype),
             PARTS=parts_of(streams.dtype),
@@ -154,7 +156,7 @@ def mix_backward(
     single_pass: bool,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``vec(x) phi`` [PARTS * M, T] and of the RMS [T]; partials [programs, 2 M]."""
+    """Gradients of ``vec(x) phi`` [PARTS * M, T] and of the RMS [T]; partials [2 M, programs]."""
     num_tokens, n, channels = Shape.of(new_streams)
     num_logits = parameters.bias.numel()
     parts = parts_of(new_streams.dtype)
@@ -163,7 +165,7 @@ def mix_backward(
     projected = torch.empty((parts * num_logits, num_tokens), dtype=factor_dtype, device=device)
     radial = torch.empty((num_tokens,), dtype=torch.float32, device=device)
     programs = triton.cdiv(num_tokens, tile.tokens)
-    partial = torch.empty((programs, 2 * num_logits), dtype=torch.float32, device=device)
+    partial = torch.empty((2 * num_logits, programs), dtype=torch.float32, device=device)
     history = None
     if options.projection in ("sinkhorn", "sinkhorn_v4"):
         rows = 2 * (options.iterations - 1) * n
@@ -186,6 +188,8 @@ def mix_backward(
         options.eps,
         C=channels,
         N=n,
+        NP=padded(n, 2),
+        NN=padded(n * n, 2),
         M=num_logits,
         PARTS=parts,
         PROJECTION=options.projection,
@@ -311,24 +315,22 @@ def parameter_backward(
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
-    block, rows = 1024, 64
+    block = 1024
     weight_programs = triton.cdiv(num_logits * width, block) if splits > 1 else 0
-    reduce_partials[(1 + weight_programs,)](
+    reduce_partials[(num_logits + 3 + weight_programs,)](
         weight_partial,
         partial,
         grads.weight,
         grads.bias,
         grads.alphas,
-        partial.shape[0],
+        partial.shape[1],
         SIZE=num_logits * width,
         SPLITS=splits,
         N=n,
         M=num_logits,
-        LANES=padded(2 * num_logits, 16),
-        # A power of two: few values, so few compilations.
-        STEPS=triton.next_power_of_2(triton.cdiv(partial.shape[0], rows)),
-        ROWS=rows,
+        ROWS=padded(max(n, num_logits - 2 * n), 2),
         BLOCK=block,
+        COLUMNS=256,
         num_warps=4,
     )
     return grads

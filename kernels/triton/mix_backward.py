@@ -4,16 +4,22 @@ import triton
 import triton.language as tl
 
 from mhc_megatron.kernels.triton.coefficients import (
+    gate,
     gate_bwd,
-    logits_of,
+    load_bias,
+    load_block,
     permutation_logit,
     sigmoid_bwd,
 )
-from mhc_megatron.kernels.triton.residual import inner, load_permutation, sinkhorn_bwd
+from mhc_megatron.kernels.triton.residual import (
+    block_of,
+    entries_of,
+    load_permutation,
+    sinkhorn_bwd,
+)
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     lane_sums,
-    load_coefficients,
     load_streams,
     token_rows,
     zero_sums,
@@ -21,128 +27,191 @@ from mhc_megatron.kernels.triton.tile_math import (
 
 
 @triton.jit
-def write_logit_gradient(
-    grad_logit,
-    grad_raw,
-    grad_gate,
-    row,
-    projected_ptr,
-    partial_ptr,
-    inverse_rms,
-    tokens,
-    live,
-    T,
-    M: tl.constexpr,
-    PARTS: tl.constexpr,
+def store_projected(
+    projected_ptr, grad, row, tokens, mask, T, M: tl.constexpr, PARTS: tl.constexpr
 ):
-    """What one logit contributes: to bias and alpha, summed over the tile, and to ``vec(x) phi``.
-
-    The last in two bfloat16 parts, as ``split_weight``.
-    """
-    tl.store(partial_ptr + row, tl.sum(grad_logit, axis=0))
-    tl.store(partial_ptr + M + row, tl.sum(grad_gate, axis=0))
-    projected = grad_raw * inverse_rms
+    """Rows of the gradient of ``vec(x) phi``; in two bfloat16 parts, as ``split_weight``."""
     pointers = projected_ptr + row * T + tokens
-    high = projected.to(projected_ptr.dtype.element_ty)
-    tl.store(pointers, high, mask=live)
+    high = grad.to(projected_ptr.dtype.element_ty)
+    tl.store(pointers, high, mask=mask)
     if PARTS == 2:
-        low = projected - high.to(tl.float32)
-        tl.store(pointers + M * T, low.to(projected_ptr.dtype.element_ty), mask=live)
+        low = grad - high.to(tl.float32)
+        tl.store(pointers + M * T, low.to(projected_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def write_partial(partial_ptr, sums, rows, mask):
+    """This program's sums, of ``reduce_partials``'s [rows, programs]."""
+    tl.store(partial_ptr + rows * tl.num_programs(0) + tl.program_id(0), sums, mask=mask)
 
 
 @triton.jit
 def write_gradients(
-    grads,
+    grad,
     raw,
     alpha,
-    first_row,
+    first_row: tl.constexpr,
     projected_ptr,
     partial_ptr,
     inverse_rms,
     tokens,
-    live,
     T,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
     PROJECTION: tl.constexpr,
 ):
-    """Of ROWS logits; returns ``sum(grad_raw * raw)`` per token."""
-    radial = tl.zeros(tokens.shape, tl.float32)
-    for row in tl.static_range(ROWS):
-        grad = tl.where(live, grads[row], 0.0)
-        grad_raw, grad_gate = gate_bwd(grad, raw[row], alpha, PROJECTION)
-        write_logit_gradient(
-            grad,
-            grad_raw,
-            grad_gate,
-            first_row + row,
-            projected_ptr,
-            partial_ptr,
-            inverse_rms,
-            tokens,
-            live,
-            T,
-            M,
-            PARTS,
-        )
-        radial += grad_raw * raw[row]
-    return radial
+    """From ``grad``, of ROWS logits [BT, PADDED]; returns ``sum(grad_raw * raw)`` per token."""
+    index = tl.arange(0, PADDED)
+    mask = (index < ROWS)[None, :] & (tokens < T)[:, None]
+    grad = tl.where(mask, grad, 0.0)
+    grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
+    write_partial(partial_ptr, tl.sum(grad, axis=0), first_row + index, index < ROWS)
+    write_partial(partial_ptr, tl.sum(grad_gate, axis=0), M + first_row + index, index < ROWS)
+    rows = (first_row + index)[None, :]
+    projected = grad_raw * inverse_rms[:, None]
+    store_projected(projected_ptr, projected, rows, tokens[:, None], mask, T, M, PARTS)
+    return tl.sum(grad_raw * raw, axis=1)
 
 
 @triton.jit
-def sigmoids_bwd(grads, logits, scale: tl.constexpr, ROWS: tl.constexpr):
-    found = ()
-    for row in tl.static_range(ROWS):
-        found = found + (sigmoid_bwd(grads[row], logits[row], scale),)
-    return found
+def vector_bwd(
+    grad,
+    first_row: tl.constexpr,
+    scale: tl.constexpr,
+    raw_ptr,
+    alpha_ptr,
+    bias_ptr,
+    projected_ptr,
+    partial_ptr,
+    tokens,
+    inverse_rms,
+    T,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):
+    """H_pre or H_post from [BT, NP] ``grad``; returns as ``write_gradients``."""
+    raw = load_block(raw_ptr, first_row, tokens, T, N, NP)
+    alpha = tl.load(alpha_ptr)
+    if PROJECTION != "unconstrained":
+        bias = load_bias(bias_ptr, first_row, N, NP)
+        grad = sigmoid_bwd(grad, gate(raw, alpha, bias, PROJECTION), scale)
+    return write_gradients(
+        grad,
+        raw,
+        alpha,
+        first_row,
+        projected_ptr,
+        partial_ptr,
+        inverse_rms,
+        tokens,
+        T,
+        N,
+        NP,
+        M,
+        PARTS,
+        PROJECTION,
+    )
+
+
+@triton.jit
+def matrix_bwd(
+    grad,
+    raw_ptr,
+    alpha_ptr,
+    bias_ptr,
+    projected_ptr,
+    partial_ptr,
+    history_ptr,
+    tokens,
+    inverse_rms,
+    T,
+    eps,
+    N: tl.constexpr,
+    NN: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
+    """H_res of n^2 logits from [BT, NN] ``grad``; returns as ``write_gradients``."""
+    raw = load_block(raw_ptr, 2 * N, tokens, T, N * N, NN)
+    alpha = tl.load(alpha_ptr)
+    if PROJECTION != "unconstrained":
+        V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
+        LEVELS: tl.constexpr = NN.bit_length() - 1
+        logits = gate(raw, alpha, load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
+        grads = sinkhorn_bwd(
+            entries_of(logits, N * N, LEVELS),
+            entries_of(grad, N * N, LEVELS),
+            eps,
+            history_ptr,
+            tokens,
+            tokens < T,
+            T,
+            N,
+            ITERATIONS,
+            V4,
+        )
+        grad = block_of(grads, N * N, LEVELS)
+    return write_gradients(
+        grad,
+        raw,
+        alpha,
+        2 * N,
+        projected_ptr,
+        partial_ptr,
+        inverse_rms,
+        tokens,
+        T,
+        N * N,
+        NN,
+        M,
+        PARTS,
+        PROJECTION,
+    )
 
 
 @triton.jit
 def permutation_bwd(
     grad,
     raw_ptr,
-    alpha,
+    alpha_ptr,
     bias_ptr,
     matrices_ptr,
     projected_ptr,
     partial_ptr,
-    inverse_rms,
     tokens,
-    live,
+    inverse_rms,
     T,
     N: tl.constexpr,
+    NN: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """H_res of n! logits; returns as ``write_gradients``."""
     R: tl.constexpr = M - 2 * N
+    alpha = tl.load(alpha_ptr)
     highest, total, mean = permutation_moments(
-        grad, raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, live, T, N, R
+        grad, raw_ptr, alpha, bias_ptr, matrices_ptr, tokens, T, N, NN, R
     )
     radial = tl.zeros(tokens.shape, tl.float32)
     for k in range(R):
-        raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=live, other=0.0)
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
+        raw = tl.load(raw_ptr + (2 * N + k) * T + tokens, mask=tokens < T, other=0.0)
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
         # weights = logits.softmax(dim=-1); res = sum_k weights_k P_k
-        grad_weight = inner(grad, load_permutation(matrices_ptr, k, N), N)
+        grad_weight = tl.sum(grad * load_permutation(matrices_ptr, k, N, NN), axis=1)
         grad_logit = tl.exp(logit - highest) / total * (grad_weight - mean)
-        grad_logit = tl.where(live, grad_logit, 0.0)
+        grad_logit = tl.where(tokens < T, grad_logit, 0.0)
+        write_partial(partial_ptr, tl.sum(grad_logit, axis=0), 2 * N + k, True)
+        write_partial(partial_ptr, tl.sum(grad_logit * raw, axis=0), M + 2 * N + k, True)
         grad_raw = grad_logit * alpha
-        write_logit_gradient(
-            grad_logit,
-            grad_raw,
-            grad_logit * raw,
-            2 * N + k,
-            projected_ptr,
-            partial_ptr,
-            inverse_rms,
-            tokens,
-            live,
-            T,
-            M,
-            PARTS,
-        )
+        projected = grad_raw * inverse_rms
+        store_projected(projected_ptr, projected, 2 * N + k, tokens, tokens < T, T, M, PARTS)
         radial += grad_raw * raw
     return radial
 
@@ -155,9 +224,9 @@ def permutation_moments(
     bias_ptr,
     matrices_ptr,
     tokens,
-    live,
     T,
     N: tl.constexpr,
+    NN: tl.constexpr,
     R: tl.constexpr,
 ):
     """Maximum and sum of the softmax, and the mean of the weights' gradients under it."""
@@ -165,8 +234,8 @@ def permutation_moments(
     total = tl.zeros(tokens.shape, tl.float32)
     mean = tl.zeros(tokens.shape, tl.float32)
     for k in range(R):
-        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, live, T, N)
-        grad_weight = inner(grad, load_permutation(matrices_ptr, k, N), N)
+        logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
+        grad_weight = tl.sum(grad * load_permutation(matrices_ptr, k, N, NN), axis=1)
         higher = tl.maximum(highest, logit)
         shrink = tl.exp(highest - higher)
         share = tl.exp(logit - higher)
@@ -174,14 +243,6 @@ def permutation_moments(
         mean = mean * shrink + share * grad_weight
         highest = higher
     return highest, total, mean / total
-
-
-@triton.jit
-def zero_rows(tokens, ROWS: tl.constexpr):
-    rows = ()
-    for _ in tl.static_range(ROWS):
-        rows = rows + (tl.zeros(tokens.shape, tl.float32),)
-    return rows
 
 
 @triton.jit
@@ -203,6 +264,8 @@ def mix_bwd(
     eps,
     C: tl.constexpr,
     N: tl.constexpr,
+    NP: tl.constexpr,
+    NN: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECTION: tl.constexpr,
@@ -217,18 +280,19 @@ def mix_bwd(
     """Gradients of ``vec(y) phi`` ([PARTS * M, T]), of the RMS, and parts of bias and alpha.
 
     ``radial``: [T], c in ``grad y += c y``, what the division by the RMS contributes.
-    ``partial``: [programs, 2 M], sums over the program's tokens of the logits' gradients and of
+    ``partial``: [2 M, programs], sums over the program's tokens of the logits' gradients and of
     their products with the raw logits. ``history``: scratch of ``sinkhorn_fwd``.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
+    index = tl.arange(0, NP)
     if HAS_GRAD_PACKED:
-        grad_pre = load_coefficients(grad_packed_ptr, 0, tokens, live, T, N)
-        grad_post = load_coefficients(grad_packed_ptr, N, tokens, live, T, N)
+        grad_pre = load_block(grad_packed_ptr, 0, tokens, T, N, NP)
+        grad_post = load_block(grad_packed_ptr, N, tokens, T, N, NP)
     else:
-        grad_pre = zero_rows(tokens, N)
-        grad_post = zero_rows(tokens, N)
+        grad_pre = tl.zeros([BT, NP], tl.float32)
+        grad_post = tl.zeros([BT, NP], tl.float32)
     if not SINGLE_PASS:
         sums = zero_sums(N, BT, BC // VECTOR)
         rows = tl.arange(0, BT)[:, None]
@@ -244,99 +308,87 @@ def mix_bwd(
             for i in tl.static_range(N):
                 added = added + (sums[i] + lane_sums(grad_u * y[i], BT, BC, VECTOR),)
             sums = added
-        read = ()
         for i in tl.static_range(N):
-            read = read + (grad_pre[i] + tl.sum(sums[i], axis=1),)
-        grad_pre = read
+            grad_pre += tl.where((index == i)[None, :], tl.sum(sums[i], axis=1)[:, None], 0.0)
 
     inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
-    partial_ptr += tl.program_id(0).to(tl.int64) * (2 * M)
-    alpha_pre, alpha_post = tl.load(alpha_pre_ptr), tl.load(alpha_post_ptr)
-    raw_pre = load_coefficients(raw_ptr, 0, tokens, live, T, N)
-    raw_post = load_coefficients(raw_ptr, N, tokens, live, T, N)
-    if PROJECTION != "unconstrained":
-        pre = logits_of(raw_pre, 0, alpha_pre, bias_ptr, N, PROJECTION)
-        post = logits_of(raw_post, N, alpha_post, bias_ptr, N, PROJECTION)
-        grad_pre = sigmoids_bwd(grad_pre, pre, 1.0, N)
-        grad_post = sigmoids_bwd(grad_post, post, 2.0, N)
-    radial = write_gradients(
+    radial = vector_bwd(
         grad_pre,
-        raw_pre,
-        alpha_pre,
         0,
+        1.0,
+        raw_ptr,
+        alpha_pre_ptr,
+        bias_ptr,
         projected_ptr,
         partial_ptr,
-        inverse_rms,
         tokens,
-        live,
+        inverse_rms,
         T,
+        N,
+        NP,
         M,
         PARTS,
-        N,
         PROJECTION,
     )
-    radial += write_gradients(
+    radial += vector_bwd(
         grad_post,
-        raw_post,
-        alpha_post,
         N,
+        2.0,
+        raw_ptr,
+        alpha_post_ptr,
+        bias_ptr,
         projected_ptr,
         partial_ptr,
-        inverse_rms,
         tokens,
-        live,
+        inverse_rms,
         T,
+        N,
+        NP,
         M,
         PARTS,
-        N,
         PROJECTION,
     )
     if PROJECTION != "identity":
         if HAS_GRAD_PACKED:
-            grad_res = load_coefficients(grad_packed_ptr, 2 * N, tokens, live, T, N * N)
+            grad_res = load_block(grad_packed_ptr, 2 * N, tokens, T, N * N, NN)
         else:
-            grad_res = zero_rows(tokens, N * N)
-        alpha_res = tl.load(alpha_res_ptr)
+            grad_res = tl.zeros([BT, NN], tl.float32)
         if PROJECTION == "permutation":
             radial += permutation_bwd(
                 grad_res,
                 raw_ptr,
-                alpha_res,
+                alpha_res_ptr,
                 bias_ptr,
                 matrices_ptr,
                 projected_ptr,
                 partial_ptr,
-                inverse_rms,
                 tokens,
-                live,
+                inverse_rms,
                 T,
                 N,
+                NN,
                 M,
                 PARTS,
             )
         else:
-            raw_res = load_coefficients(raw_ptr, 2 * N, tokens, live, T, N * N)
-            if PROJECTION != "unconstrained":
-                V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-                res = logits_of(raw_res, 2 * N, alpha_res, bias_ptr, N * N, PROJECTION)
-                grad_res = sinkhorn_bwd(
-                    res, grad_res, eps, history_ptr, tokens, live, T, N, ITERATIONS, V4
-                )
-            radial += write_gradients(
+            radial += matrix_bwd(
                 grad_res,
-                raw_res,
-                alpha_res,
-                2 * N,
+                raw_ptr,
+                alpha_res_ptr,
+                bias_ptr,
                 projected_ptr,
                 partial_ptr,
-                inverse_rms,
+                history_ptr,
                 tokens,
-                live,
+                inverse_rms,
                 T,
+                eps,
+                N,
+                NN,
                 M,
                 PARTS,
-                N * N,
                 PROJECTION,
+                ITERATIONS,
             )
     # raw = proj / rms, rms^2 = mean(x^2) + eps: grad x += -(grad_raw . raw) / (K rms^2) x
     tl.store(radial_ptr + tokens, -radial * inverse_rms * inverse_rms / K, mask=live)

@@ -1,13 +1,62 @@
 """Device functions: residual logits to H_res and back, one token per lane.
 
-A matrix is a tuple of n * n [BT] tensors, ``res[o * n + i]``: rows and columns are then summed by
-plain arithmetic between a lane's own registers, where a [BT, n, n] block would pay shuffles between
-lanes, twice per iteration. Loops over the iterations are run-time loops: unrolled, 20 of them take
-the compiler minutes.
+Outside, matrices are blocks [BT, NN]: entry o * n + i, padded to a power of two. Inside, they are
+tuples of n * n [BT] tensors: rows and columns are then summed by plain arithmetic between a lane's
+own registers, where a block would pay shuffles between lanes, twice per iteration. Loops over the
+iterations are run-time loops: unrolled, 20 of them take the compiler minutes.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def halves(tile, WIDTH: tl.constexpr):
+    """The even and the odd columns of [BT, WIDTH]."""
+    return tl.split(tl.reshape(tile, [tile.shape[0], WIDTH // 2, 2]))
+
+
+@triton.jit
+def alternate(evens, odds, WIDTH: tl.constexpr):
+    """The inverse of ``halves``."""
+    return tl.reshape(tl.join(evens, odds), [evens.shape[0], WIDTH])
+
+
+@triton.jit
+def entries_of(block, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """The first COUNT columns of [BT, 2^LEVELS], [BT] each."""
+    tiles = (block,)
+    for level in tl.static_range(LEVELS):
+        evens = ()
+        odds = ()
+        for k in tl.static_range(2**level):
+            even, odd = halves(tiles[k], 2 ** (LEVELS - level))
+            evens = evens + (even,)
+            odds = odds + (odd,)
+        # Tiles are in the order of their first columns, 2^level apart.
+        tiles = evens + odds
+    entries = ()
+    for k in tl.static_range(COUNT):
+        entries = entries + (tl.reshape(tiles[k], [block.shape[0]]),)
+    return entries
+
+
+@triton.jit
+def block_of(entries, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """The inverse of ``entries_of``; zeros beside the entries."""
+    tiles = ()
+    for k in tl.static_range(2**LEVELS):
+        tile = tl.zeros_like(entries[0])
+        if k < COUNT:
+            tile = entries[k]
+        tiles = tiles + (tl.reshape(tile, [tile.shape[0], 1]),)
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for k in tl.static_range(2 ** (LEVELS - 1 - level)):
+            other = tiles[k + 2 ** (LEVELS - 1 - level)]
+            joined = joined + (alternate(tiles[k], other, 2 ** (level + 1)),)
+        tiles = joined
+    return tiles[0]
 
 
 @triton.jit
@@ -247,18 +296,8 @@ def subtract(left, right, N: tl.constexpr):
 
 
 @triton.jit
-def inner(left, right, N: tl.constexpr):
-    """``(left * right).sum()`` of every token, [BT]."""
-    total = left[0] * right[0]
-    for k in tl.static_range(1, N * N):
-        total += left[k] * right[k]
-    return total
-
-
-@triton.jit
-def load_permutation(matrices_ptr, index, N: tl.constexpr):
-    """P_k of the table [n!, n, n]: n * n scalars."""
-    entries = ()
-    for k in tl.static_range(N * N):
-        entries = entries + (tl.load(matrices_ptr + index * (N * N) + k),)
-    return entries
+def load_permutation(matrices_ptr, index, N: tl.constexpr, NN: tl.constexpr):
+    """P_k of the table [n!, n, n], [1, NN]."""
+    entry = tl.arange(0, NN)
+    pointers = matrices_ptr + index * (N * N) + entry
+    return tl.load(pointers, mask=entry < N * N, other=0.0)[None, :]

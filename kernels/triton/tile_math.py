@@ -39,12 +39,24 @@ def load_coefficients(packed_ptr, first_row, tokens, live, T, ROWS: tl.constexpr
 
 
 @triton.jit
-def load_streams(row_ptrs, c, mask, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
-    """n [BT, BC] tiles in float32; ``row_ptrs`` [BT, 1] points at each token's first number."""
+def load_streams(
+    row_ptrs,
+    c,
+    mask,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):
+    """n [BT, BC] tiles in float32; ``row_ptrs`` [BT, 1] points at each token's first number.
+
+    EVICTION "evict_first" leaves L2 to what will be read again, "evict_last" asks to stay there.
+    """
     streams = ()
     for i in tl.static_range(N):
         pointers = row_ptrs + (i * C + c + tl.arange(0, BC))[None, :]
-        streams = streams + (tl.load(pointers, mask=mask, other=0.0).to(tl.float32),)
+        tile = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
+        streams = streams + (tile.to(tl.float32),)
     return streams
 
 

@@ -66,32 +66,34 @@ def reduce_partials(
     SPLITS: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Program 0: bias [M] and alpha [3] from [programs, 2 M]; the others: BLOCK numbers of phi."""
-    if tl.program_id(0) == 0:
-        lanes = tl.arange(0, LANES)
-        total = tl.zeros([ROWS, LANES], tl.float32)
-        for step in range(STEPS):
-            rows = step * ROWS + tl.arange(0, ROWS)
-            pointers = partial_ptr + rows[:, None].to(tl.int64) * (2 * M) + lanes[None, :]
-            mask = (rows < programs)[:, None] & (lanes < 2 * M)[None, :]
+    """A number of bias [M] per program, then one of alpha [3], then BLOCK numbers of phi.
+
+    ``partial``: [2 M, programs], of ``mix_bwd``.
+    """
+    program = tl.program_id(0)
+    if program < M + 3:
+        first, count = program, 1
+        if program >= M:
+            # logits = alpha * raw: the three gates share M products
+            gate = program - M
+            first = M + gate * N
+            count = tl.where(gate < 2, N, M - 2 * N)
+        rows = tl.arange(0, ROWS)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in range(0, programs, COLUMNS):
+            columns = step + tl.arange(0, COLUMNS)
+            pointers = partial_ptr + (first + rows)[:, None].to(tl.int64) * programs + columns
+            mask = (rows < count)[:, None] & (columns < programs)[None, :]
             total += tl.load(pointers, mask=mask, other=0.0)
-        sums = tl.sum(total, axis=0)
-        tl.store(grad_bias_ptr + lanes, sums, mask=lanes < M)
-        # logits = alpha * raw: the three gates share M products
-        gate = lanes - M
-        of_pre = tl.sum(tl.where((gate >= 0) & (gate < N), sums, 0.0), axis=0)
-        of_post = tl.sum(tl.where((gate >= N) & (gate < 2 * N), sums, 0.0), axis=0)
-        of_res = tl.sum(tl.where(gate >= 2 * N, sums, 0.0), axis=0)
-        tl.store(grad_alpha_ptr, of_pre)
-        tl.store(grad_alpha_ptr + 1, of_post)
-        tl.store(grad_alpha_ptr + 2, of_res)
+        result = tl.sum(tl.sum(total, axis=1), axis=0)
+        target = grad_bias_ptr + program if program < M else grad_alpha_ptr + (program - M)
+        tl.store(target, result)
     else:
-        offsets = (tl.program_id(0) - 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offsets = (program - M - 3).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < SIZE
         grad = tl.zeros([BLOCK], tl.float32)
         for split in tl.static_range(SPLITS):
