@@ -36,7 +36,8 @@ from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
 # Copies of the operands that a graph goes through, so that no input is left in the L2 cache.
 COPIES = 3
-CHECKED_TOKENS = 300
+# No multiple of a tile, but of 16: what peers tuned for is then compiled once.
+CHECKED_TOKENS = 304
 
 Build = Callable[[Operands], Implementation]
 OURS = ("post_pre", "single_pass", "pre+post", "reference", "torch.compile")

@@ -54,8 +54,10 @@ def pre(
     _check_parameters_of_kernels(weight, alphas, bias)
     from mhc_megatron.kernels.functions import Pre
 
-    u, packed = Pre.apply(streams, weight, *alphas, bias, options, tiles or _tiles(streams))
-    return u, PackedMappings(packed, streams.shape[-2], streams.shape[:-2])
+    u, packed, through = Pre.apply(
+        streams, weight, *alphas, bias, options, tiles or _tiles(streams)
+    )
+    return u, PackedMappings(packed, streams.shape[-2], streams.shape[:-2], streams, through)
 
 
 def post(
@@ -91,6 +93,8 @@ def post(
     checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
     from mhc_megatron.kernels.functions import Post
 
+    if isinstance(mix, PackedMappings):
+        streams = mix.streams_for_post(streams)
     return Post.apply(streams, branch, branch_bias, packed, tiles or _tiles(streams))
 
 
@@ -176,6 +180,9 @@ def _boundary(
     _check_parameters_of_kernels(weight, alphas, bias)
     checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
     from mhc_megatron.kernels.functions import PostPre
+
+    if isinstance(mix, PackedMappings):
+        streams = mix.streams_for_post(streams)
 
     new_streams, u, new_packed = PostPre.apply(
         streams,

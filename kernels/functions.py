@@ -54,7 +54,10 @@ class Post(torch.autograd.Function):
 
 
 class Pre(torch.autograd.Function):
-    """``pre``: (streams, parameters) to (u, packed)."""
+    """``pre``: (streams, parameters) to (u, packed, the streams again).
+
+    ``post`` takes the last, so that its gradient of the streams comes here to be added to.
+    """
 
     @staticmethod
     def forward(
@@ -67,7 +70,7 @@ class Pre(torch.autograd.Function):
         bias: Tensor,
         options: MappingOptions,
         tiles: Tiles,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
         _, u, raw, packed = launch.mix(
             streams,
@@ -82,12 +85,15 @@ class Pre(torch.autograd.Function):
         ctx.save_for_backward(streams, raw, packed, *parameters)
         ctx.options, ctx.tiles = options, tiles
         ctx.set_materialize_grads(False)
-        return u, packed
+        return u, packed, streams.view_as(streams)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_u: Tensor | None, grad_packed: Tensor | None
+        ctx: Any,
+        grad_u: Tensor | None,
+        grad_packed: Tensor | None,
+        grad_through: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         streams, raw, packed, *rest = ctx.saved_tensors
         parameters = Parameters(*rest)
@@ -95,7 +101,7 @@ class Pre(torch.autograd.Function):
             return *_zeros(streams, *parameters), None, None
         read, partial = _read_gradients(ctx, streams, grad_u, grad_packed, raw, packed, parameters)
         grad_streams, _, _ = launch.streams_backward(
-            None,
+            None if grad_through is None else grad_through.contiguous(),
             streams,
             None,
             None,

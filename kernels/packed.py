@@ -18,11 +18,21 @@ class PackedMappings:
         packed: [n * (n + 2), T]: H_pre, H_post, then H_res row-major in ``res[o, i]``.
         num_streams: n.
         tokens: the token dimensions of the streams.
+        source: the streams that ``pre`` read, and
+        through: the same numbers as an output of ``pre``. ``post`` of ``source`` mixes ``through``,
+            so that its gradient reaches the backward of ``pre``, which adds its own in passing:
+            autograd would write both and add them in a kernel of its own. None after ``post_pre``.
     """
 
     packed: Tensor
     num_streams: int
     tokens: torch.Size
+    source: Tensor | None = None
+    through: Tensor | None = None
+
+    def streams_for_post(self, streams: Tensor) -> Tensor:
+        """``through`` if ``streams`` are its ``source``."""
+        return self.through if streams is self.source and self.through is not None else streams
 
     @property
     def pre(self) -> Tensor:

@@ -120,7 +120,7 @@ class HyperConnection(KeepFP32):
         Returns:
             [s, b, n*C] in the streams' dtype.
         """
-        x = self._unflatten(streams)
+        x = self._read_by(mix, streams)
         return kernels.post(
             x, branch, mix, branch_bias=branch_bias, backend=self.mhc.backend
         ).flatten(-2)
@@ -144,7 +144,7 @@ class HyperConnection(KeepFP32):
             The next streams [s, b, n*C], the next branch's input [s, b, C] and its mappings.
         """
         next_streams, branch_input, next_mix = kernels.post_pre(
-            self._unflatten(streams),
+            self._read_by(mix, streams),
             branch,
             mix,
             *following(),
@@ -154,6 +154,13 @@ class HyperConnection(KeepFP32):
         )
         following._observe(next_mix)
         return next_streams.flatten(-2), branch_input, next_mix
+
+    def _read_by(self, mix: Mix, streams: Tensor) -> Tensor:
+        """``streams`` as the tensor that ``pre`` read, by which the kernels know it again."""
+        source = mix.source if isinstance(mix, kernels.PackedMappings) else None
+        if source is not None and source.data_ptr() == streams.data_ptr():
+            return source
+        return self._unflatten(streams)
 
     def _unflatten(self, streams: Tensor) -> Tensor:
         return streams.unflatten(-1, (self.num_streams, -1))
