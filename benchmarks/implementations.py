@@ -211,7 +211,8 @@ def tile_kernels_pair(data: Operands) -> Implementation:
 def transformer_engine_pair(data: Operands) -> Implementation:
     """Transformer Engine's Triton kernels: streams [s, b, C, n], ``h_res[i, o]``, n = 4.
 
-    With split-K, its faster choice, whose sums are atomic.
+    With its faster choices: split-K, whose sums are atomic, and one buffer for the gradients of
+    the streams.
     """
     from transformer_engine.pytorch.triton import mhc
 
@@ -225,18 +226,23 @@ def transformer_engine_pair(data: Operands) -> Implementation:
         "bias": _leaf(_swap(data.bias, n).unsqueeze(0)),
     }
 
+    buffer = torch.empty(leaves["streams"].shape, dtype=torch.float32, device=data.streams.device)
+    accumulate = {"fused_grad_x_acc_buffer": buffer}
+
     def forward() -> list[Tensor]:
         x = leaves["streams"]
         projected, mean_square = mhc.mhc_fused_projection(
-            x.view(tokens, -1), leaves["weight"], use_split_k=True
+            x.view(tokens, -1), leaves["weight"], use_split_k=True, **accumulate
         )
         pre, post, res = mhc.mhc_fused_scale(
             projected, leaves["alphas"], leaves["bias"], mean_square, n
         )
         res = mhc.mhc_fused_sinkhorn(res.reshape(tokens, 1, n, n), n, True, ITERATIONS)
-        u = mhc.mhc_fused_aggregate(x, pre.reshape(tokens, 1, n), n)
+        u = mhc.mhc_fused_aggregate(x, pre.reshape(tokens, 1, n), n, **accumulate)
         post = post.reshape(tokens, 1, n)
-        streams = mhc.mhc_fused_expand_combine(leaves["branch"], None, post, x, res, n)
+        streams = mhc.mhc_fused_expand_combine(
+            leaves["branch"], None, post, x, res, n, **accumulate
+        )
         return [streams, u]
 
     def restore(streams: Tensor) -> Tensor:

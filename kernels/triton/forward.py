@@ -219,7 +219,7 @@ def post_fwd(
     y_ptr += first * (N * C)
     post = load_coefficients(packed_ptr, N, tokens, live, T, N)
     res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
-    x = load_streams(x_ptr + rows, c, mask, N, C, BC)
+    x = load_streams(x_ptr + rows, c, mask, N, C, BC, "")
     branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
     for o in tl.static_range(N):
         y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)

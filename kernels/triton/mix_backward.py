@@ -300,7 +300,7 @@ def mix_bwd(
         grad_u_ptr += first * C
         for c in tl.range(0, C, BC, num_stages=STAGES):
             mask = channel_mask(live, c, C, BC)
-            y = load_streams(y_ptr + rows * K, c, mask, N, C, BC)
+            y = load_streams(y_ptr + rows * K, c, mask, N, C, BC, "")
             u_pointers = grad_u_ptr + rows * C + (c + tl.arange(0, BC))[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
             # u = sum_i H_pre[i] x[i]: grad_pre[i] = sum_c grad_u x[i]

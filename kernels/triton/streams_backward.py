@@ -132,7 +132,7 @@ def streams_bwd(
 
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
-        x = load_streams(x_ptr + rows, c, mask, N, C, BC)
+        x = load_streams(x_ptr + rows, c, mask, N, C, BC, "")
         if HAS_POST:
             branch = load_branch(
                 branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC

@@ -40,17 +40,12 @@ def load_coefficients(packed_ptr, first_row, tokens, live, T, ROWS: tl.constexpr
 
 @triton.jit
 def load_streams(
-    row_ptrs,
-    c,
-    mask,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    row_ptrs, c, mask, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, EVICTION: tl.constexpr
 ):
     """n [BT, BC] tiles in float32; ``row_ptrs`` [BT, 1] points at each token's first number.
 
-    EVICTION "evict_first" leaves L2 to what will be read again, "evict_last" asks to stay there.
+    EVICTION "evict_first" leaves L2 to what will be read again, "evict_last" asks to stay there,
+    "" does neither.
     """
     streams = ()
     for i in tl.static_range(N):
