@@ -211,8 +211,8 @@ def tile_kernels_pair(data: Operands) -> Implementation:
 def transformer_engine_pair(data: Operands) -> Implementation:
     """Transformer Engine's Triton kernels: streams [s, b, C, n], ``h_res[i, o]``, n = 4.
 
-    With its faster choices: split-K, whose sums are atomic, and one buffer for the gradients of
-    the streams.
+    With split-K, its faster choice, whose sums are atomic, and without its float32 buffer for the
+    gradients of the streams, which is slower.
     """
     from transformer_engine.pytorch.triton import mhc
 
@@ -226,23 +226,18 @@ def transformer_engine_pair(data: Operands) -> Implementation:
         "bias": _leaf(_swap(data.bias, n).unsqueeze(0)),
     }
 
-    buffer = torch.empty(leaves["streams"].shape, dtype=torch.float32, device=data.streams.device)
-    accumulate = {"fused_grad_x_acc_buffer": buffer}
-
     def forward() -> list[Tensor]:
         x = leaves["streams"]
         projected, mean_square = mhc.mhc_fused_projection(
-            x.view(tokens, -1), leaves["weight"], use_split_k=True, **accumulate
+            x.view(tokens, -1), leaves["weight"], use_split_k=True
         )
         pre, post, res = mhc.mhc_fused_scale(
             projected, leaves["alphas"], leaves["bias"], mean_square, n
         )
         res = mhc.mhc_fused_sinkhorn(res.reshape(tokens, 1, n, n), n, True, ITERATIONS)
-        u = mhc.mhc_fused_aggregate(x, pre.reshape(tokens, 1, n), n, **accumulate)
+        u = mhc.mhc_fused_aggregate(x, pre.reshape(tokens, 1, n), n)
         post = post.reshape(tokens, 1, n)
-        streams = mhc.mhc_fused_expand_combine(
-            leaves["branch"], None, post, x, res, n, **accumulate
-        )
+        streams = mhc.mhc_fused_expand_combine(leaves["branch"], None, post, x, res, n)
         return [streams, u]
 
     def restore(streams: Tensor) -> Tensor:

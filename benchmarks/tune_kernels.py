@@ -54,15 +54,17 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
     mix = {"options": options(), "single_pass": False}
     for one in data:
         parameters = Parameters(one.weight, *one.alphas.split(1), one.bias)
+        factors = launch.factor_weight(one.weight, one.streams)
         post = (one.streams, one.branch, None, one.packed)
         default = default_tiles(*one.streams.shape[1:], one.streams.dtype)
         if kernel == "post":
             made.append(lambda post=post: launch.post(*post, tile=tiles.post))
             continue
         if kernel == "mix":
-            made.append(lambda p=parameters, post=post: launch.mix(*post, p, **mix, tile=tiles.mix))
+            arguments = (*post, factors, parameters)
+            made.append(lambda a=arguments: launch.mix(*a, **mix, tile=tiles.mix))
             continue
-        streams, _, raw, packed = launch.mix(*post, parameters, **mix, tile=default.mix)
+        streams, _, raw, packed = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
         first = (streams, one.grad_u, one.grad_packed, raw, parameters)
         if kernel == "mix_backward":
             made.append(lambda a=first: launch.mix_backward(*a, **mix, tile=tiles.mix_backward))
@@ -72,7 +74,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             arguments = (streams, projected, partial, parameters)
             made.append(lambda a=arguments: launch.parameter_backward(*a, tiles=tiles))
             continue
-        read = launch.ReadGradients(one.grad_u, packed, projected, radial, one.weight)
+        read = launch.ReadGradients(one.grad_u, packed, projected, radial, factors)
         made.append(
             lambda g=one.grad_streams, post=post, read=read: launch.streams_backward(
                 g,

@@ -72,17 +72,19 @@ class Pre(torch.autograd.Function):
         tiles: Tiles,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
+        factors = launch.factor_weight(weight, streams)
         _, u, raw, packed = launch.mix(
             streams,
             None,
             None,
             None,
+            factors,
             parameters,
             options=options,
             single_pass=False,
             tile=tiles.mix,
         )
-        ctx.save_for_backward(streams, raw, packed, *parameters)
+        ctx.save_for_backward(streams, raw, packed, factors, *parameters)
         ctx.options, ctx.tiles = options, tiles
         ctx.set_materialize_grads(False)
         return u, packed, streams.view_as(streams)
@@ -95,11 +97,15 @@ class Pre(torch.autograd.Function):
         grad_packed: Tensor | None,
         grad_through: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        streams, raw, packed, *rest = ctx.saved_tensors
+        streams, raw, packed, factors, *rest = ctx.saved_tensors
         parameters = Parameters(*rest)
         if streams.numel() == 0:
             return *_zeros(streams, *parameters), None, None
-        read, partial = _read_gradients(ctx, streams, grad_u, grad_packed, raw, packed, parameters)
+        read, partial = _read_gradients(
+            ctx, streams, grad_u, grad_packed, raw, packed, factors, parameters
+        )
+        # Right after the first pass, whose last reads of the streams are still in L2.
+        parameter_gradients = _parameter_gradients(ctx, streams, read, partial, parameters)
         grad_streams, _, _ = launch.streams_backward(
             None if grad_through is None else grad_through.contiguous(),
             streams,
@@ -111,12 +117,7 @@ class Pre(torch.autograd.Function):
             tile=ctx.tiles.streams_backward,
             terms=ctx.tiles.product_terms,
         )
-        return (
-            grad_streams,
-            *_parameter_gradients(ctx, streams, read, partial, parameters),
-            None,
-            None,
-        )
+        return grad_streams, *parameter_gradients, None, None
 
 
 class PostPre(torch.autograd.Function):
@@ -140,18 +141,28 @@ class PostPre(torch.autograd.Function):
         tiles: Tiles,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
+        factors = launch.factor_weight(weight, streams)
         new_streams, u, raw, new_packed = launch.mix(
             streams,
             branch,
             branch_bias,
             packed,
+            factors,
             parameters,
             options=options,
             single_pass=single_pass,
             tile=tiles.mix,
         )
         ctx.save_for_backward(
-            streams, branch, branch_bias, packed, new_streams, raw, new_packed, *parameters
+            streams,
+            branch,
+            branch_bias,
+            packed,
+            new_streams,
+            raw,
+            new_packed,
+            factors,
+            *parameters,
         )
         ctx.options, ctx.tiles, ctx.single_pass = options, tiles, single_pass
         ctx.set_materialize_grads(False)
@@ -165,7 +176,7 @@ class PostPre(torch.autograd.Function):
         grad_u: Tensor | None,
         grad_new_packed: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        streams, branch, branch_bias, packed, new_streams, raw, new_packed, *rest = (
+        streams, branch, branch_bias, packed, new_streams, raw, new_packed, factors, *rest = (
             ctx.saved_tensors
         )
         parameters = Parameters(*rest)
@@ -184,10 +195,11 @@ class PostPre(torch.autograd.Function):
             grad_new_packed,
             raw,
             read_packed,
+            factors,
             parameters,
             single_pass=ctx.single_pass,
         )
-        # Right after the first pass, whose last reads of the new streams are still in L2.
+        # As in Pre: right after the first pass.
         parameter_gradients = _parameter_gradients(ctx, new_streams, read, partial, parameters)
         grad_x, grad_branch, grad_packed = launch.streams_backward(
             None if grad_streams is None else grad_streams.contiguous(),
@@ -219,6 +231,7 @@ def _read_gradients(
     grad_packed: Tensor | None,
     raw: Tensor,
     packed: Tensor,
+    factors: Tensor,
     parameters: Parameters,
     *,
     single_pass: bool = False,
@@ -238,7 +251,7 @@ def _read_gradients(
         single_pass=single_pass,
         tile=ctx.tiles.mix_backward,
     )
-    return ReadGradients(grad_u, packed, projected, radial, parameters.weight), partial
+    return ReadGradients(grad_u, packed, projected, radial, factors), partial
 
 
 def _parameter_gradients(

@@ -10,6 +10,10 @@ import triton
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.triton import forward
+from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
+from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
+from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
     ParameterGradients,
     Parameters,
@@ -21,11 +25,16 @@ from mhc_megatron.kernels.triton.arguments import (
     precision_of,
     vector_of,
 )
-from mhc_megatron.kernels.triton.forward import mix_fwd, post_fwd, split_weight
-from mhc_megatron.kernels.triton.mix_backward import mix_bwd
-from mhc_megatron.kernels.triton.streams_backward import streams_bwd
+from mhc_megatron.kernels.triton.compiled import CompiledKernels
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
-from mhc_megatron.kernels.triton.weight_backward import reduce_partials, weight_bwd
+
+split_weight = CompiledKernels(forward.split_weight)
+mix_fwd = CompiledKernels(forward.mix_fwd)
+post_fwd = CompiledKernels(forward.post_fwd)
+mix_bwd = CompiledKernels(mix_backward_kernel.mix_bwd)
+streams_bwd = CompiledKernels(streams_backward_kernel.streams_bwd)
+weight_bwd = CompiledKernels(weight_backward_kernel.weight_bwd)
+reduce_partials = CompiledKernels(weight_backward_kernel.reduce_partials)
 
 
 def interleaves(shape: Shape, dtype: torch.dtype) -> bool:
@@ -33,10 +42,9 @@ def interleaves(shape: Shape, dtype: torch.dtype) -> bool:
     return parts_of(dtype) == 2 and shape.num_streams in (1, 2, 4)
 
 
-def factor_weight(
-    weight: Tensor, shape: Shape, dtype: torch.dtype, *, interleaved: bool = False
-) -> Tensor:
-    """phi as the products with streams of ``dtype`` take it: [PARTS, M, K]."""
+def factor_weight(weight: Tensor, streams: Tensor) -> Tensor:
+    """phi as the products with ``streams`` take it, forward and backward: [PARTS, M, K]."""
+    shape, dtype = Shape.of(streams), streams.dtype
     if parts_of(dtype) == 1:
         return weight
     split = torch.empty((2, *weight.shape), dtype=torch.bfloat16, device=weight.device)
@@ -48,7 +56,7 @@ def factor_weight(
         SIZE=weight.numel(),
         C=shape.channels,
         N=shape.num_streams,
-        INTERLEAVED=interleaved,
+        INTERLEAVED=interleaves(shape, dtype),
         BLOCK=block,
         num_warps=4,
     )
@@ -88,13 +96,17 @@ def mix(
     branch: Tensor | None,
     branch_bias: Tensor | None,
     packed: Tensor | None,
+    factors: Tensor,
     parameters: Parameters,
     *,
     options: MappingOptions,
     single_pass: bool,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``post_pre``, or ``pre`` without branch: streams, u, raw [M + 1, T], packed."""
+    """``post_pre``, or ``pre`` without branch: streams, u, raw [M + 1, T], packed.
+
+    ``factors``: of ``factor_weight``.
+    """
     shape = Shape.of(streams)
     num_tokens, n, channels = shape
     num_logits = parameters.bias.numel()
@@ -104,13 +116,12 @@ def mix(
     raw = torch.empty((num_logits + 1, num_tokens), dtype=torch.float32, device=device)
     new_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
     if num_tokens:
-        interleaved = interleaves(shape, streams.dtype)
         mix_fwd[(triton.cdiv(num_tokens, tile.tokens),)](
             streams,
             branch,
             branch_bias,
             packed,
-            factor_weight(parameters.weight, shape, streams.dtype, interleaved=interleaved),
+            factors,
             parameters.alpha_pre,
             parameters.alpha_post,
             parameters.alpha_res,
@@ -136,7 +147,7 @@ def mix(
             HAS_POST=branch is not None,
             HAS_BIAS=branch_bias is not None,
             SINGLE_PASS=single_pass,
-            INTERLEAVED=interleaved,
+            INTERLEAVED=interleaves(shape, streams.dtype),
             BT=tile.tokens,
             BC=tile.channels,
             STAGES=tile.num_stages,
@@ -212,14 +223,14 @@ class ReadGradients(NamedTuple):
         u: gradient of u, [..., C].
         packed: that sublayer's mappings; with ``single_pass`` the previous ones'.
         projected, radial: from ``mix_backward``.
-        weight: phi, [M, K].
+        factors: phi, of ``factor_weight``.
     """
 
     u: Tensor
     packed: Tensor
     projected: Tensor
     radial: Tensor
-    weight: Tensor
+    factors: Tensor
 
 
 def streams_backward(
@@ -243,8 +254,7 @@ def streams_backward(
     if branch is not None:
         grad_branch = torch.empty_like(branch)
         grad_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
-    num_logits = 1 if read is None else read.weight.shape[-2]
-    interleaved = interleaves(shape, dtype)
+    num_logits = 1 if read is None else read.factors.shape[-2]
     streams_bwd[(triton.cdiv(num_tokens, tile.tokens),)](
         grad_streams,
         None if read is None else read.u,
@@ -255,7 +265,7 @@ def streams_backward(
         None if read is None else read.packed,
         None if read is None else read.projected,
         None if read is None else read.radial,
-        None if read is None else factor_weight(read.weight, shape, dtype, interleaved=interleaved),
+        None if read is None else read.factors,
         grad_x,
         grad_branch,
         grad_packed,
@@ -271,7 +281,7 @@ def streams_backward(
         HAS_POST=branch is not None,
         HAS_BIAS=branch_bias is not None,
         SINGLE_PASS=single_pass,
-        INTERLEAVED=interleaved,
+        INTERLEAVED=interleaves(shape, dtype),
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),

@@ -72,7 +72,17 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             streams_backward=Tile(tokens=16, channels=32, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
-    # Measured on an H100 at T = 4096, n = 4, C = 2560 (docs/performance.md).
+    # Measured on an H100 at T = 4096, C = 2560 (docs/performance.md).
+    if num_streams == 2:
+        # Pipelined, streams_bwd needs all 255 registers.
+        return Tiles(
+            mix=Tile(tokens=16, channels=64, num_stages=4),
+            post=Tile(tokens=16, channels=128, num_stages=1),
+            mix_backward=Tile(tokens=32, channels=256),
+            streams_backward=Tile(tokens=16, channels=64, num_stages=1),
+            weight_backward=Tile(tokens=64, channels=64),
+            weight_split=2048,
+        )
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8, num_stages=4),
         post=Tile(tokens=16, channels=128, num_stages=1),

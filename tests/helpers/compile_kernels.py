@@ -91,7 +91,7 @@ def resources(cubin: bytes) -> str:
 
 def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) -> list[Recorder]:
     """Every launch of post, and of pre, post_pre and single_pass with their backward."""
-    recorders = [Recorder(name, getattr(launch, name)) for name in KERNELS]
+    recorders = [Recorder(name, getattr(launch, name).kernel) for name in KERNELS]
     for recorder in recorders:
         setattr(launch, recorder.name, recorder)
     options = MappingOptions(projection=projection)
@@ -111,10 +111,17 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     launch.streams_backward(
         streams, streams, branch, None, packed, None, single_pass=False, **backward
     )
+    factors = launch.factor_weight(parameters.weight, streams)
     for has_branch, single_pass in ((False, False), (True, False), (True, True)):
         post = (branch, None, packed) if has_branch else (None, None, None)
         new_streams, u, raw, new_packed = launch.mix(
-            streams, *post, parameters, options=options, single_pass=single_pass, tile=tiles.mix
+            streams,
+            *post,
+            factors,
+            parameters,
+            options=options,
+            single_pass=single_pass,
+            tile=tiles.mix,
         )
         projected, radial, partial = launch.mix_backward(
             new_streams,
@@ -126,7 +133,7 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             single_pass=single_pass,
             tile=tiles.mix_backward,
         )
-        read = launch.ReadGradients(u, new_packed, projected, radial, parameters.weight)
+        read = launch.ReadGradients(u, new_packed, projected, radial, factors)
         grad = streams if has_branch else None
         launch.streams_backward(grad, streams, *post, read, single_pass=single_pass, **backward)
     launch.parameter_backward(new_streams, projected, partial, parameters, tiles=tiles)

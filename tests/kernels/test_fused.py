@@ -179,7 +179,10 @@ def test_large_logits_stay_finite(device: torch.device) -> None:
 
 
 def test_no_wide_copy_of_the_streams_is_kept(device: torch.device) -> None:
-    """For backward: the streams before and after, the branch, and float32 numbers per token."""
+    """For backward: the streams before and after, the branch, and float32 numbers per token.
+
+    And phi in two parts, of as many bytes as phi, which forward made.
+    """
     case = Case(dtype=torch.bfloat16, channels=64)
     leaves = operands(case, device)
     leaves = {
@@ -195,7 +198,10 @@ def test_no_wide_copy_of_the_streams_is_kept(device: torch.device) -> None:
     # The packed form of the test's mappings, the new mappings, and the raw logits.
     packing = case.n * (case.n + 2)
     assert sum(largest.values()) <= case.tokens * (per_token + packing) + leaves["mix_res"].numel()
-    assert sum(t.dtype == torch.bfloat16 for t in saved) == 3
+    narrow = [tuple(t.shape) for t in saved if t.dtype == torch.bfloat16]
+    states = [(case.tokens, case.n, case.channels)] * 2 + [(case.tokens, case.channels)]
+    phi = (2, case.options.num_logits(case.n), case.n * case.channels)
+    assert sorted(narrow) == sorted([*states, phi])
 
 
 @gpu_only
