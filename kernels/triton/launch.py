@@ -6,7 +6,6 @@ Tensors are contiguous; of streams [..., n, C] and branch [..., C] only the size
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
@@ -18,6 +17,7 @@ from mhc_megatron.kernels.triton.arguments import (
     ParameterGradients,
     Parameters,
     Shape,
+    blocks,
     logit_rows,
     matrices_of,
     padded,
@@ -49,7 +49,7 @@ def factor_weight(weight: Tensor, streams: Tensor) -> Tensor:
         return weight
     split = torch.empty((2, *weight.shape), dtype=torch.bfloat16, device=weight.device)
     block = 1024
-    grid = (triton.cdiv(weight.numel(), block),)
+    grid = (blocks(weight.numel(), block),)
     split_weight[grid](
         weight,
         split,
@@ -71,8 +71,8 @@ def post(
     new_streams = torch.empty_like(streams)
     if shape.num_tokens:
         grid = (
-            triton.cdiv(shape.num_tokens, tile.tokens),
-            triton.cdiv(shape.channels, tile.channels),
+            blocks(shape.num_tokens, tile.tokens),
+            blocks(shape.channels, tile.channels),
         )
         post_fwd[grid](
             streams,
@@ -116,7 +116,7 @@ def mix(
     raw = torch.empty((num_logits + 1, num_tokens), dtype=torch.float32, device=device)
     new_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
     if num_tokens:
-        mix_fwd[(triton.cdiv(num_tokens, tile.tokens),)](
+        mix_fwd[(blocks(num_tokens, tile.tokens),)](
             streams,
             branch,
             branch_bias,
@@ -175,7 +175,7 @@ def mix_backward(
     factor_dtype = torch.bfloat16 if parts == 2 else torch.float32
     projected = torch.empty((parts * num_logits, num_tokens), dtype=factor_dtype, device=device)
     radial = torch.empty((num_tokens,), dtype=torch.float32, device=device)
-    programs = triton.cdiv(num_tokens, tile.tokens)
+    programs = blocks(num_tokens, tile.tokens)
     partial = torch.empty((2 * num_logits, programs), dtype=torch.float32, device=device)
     history = None
     if options.projection in ("sinkhorn", "sinkhorn_v4"):
@@ -255,7 +255,7 @@ def streams_backward(
         grad_branch = torch.empty_like(branch)
         grad_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
     num_logits = 1 if read is None else read.factors.shape[-2]
-    streams_bwd[(triton.cdiv(num_tokens, tile.tokens),)](
+    streams_bwd[(blocks(num_tokens, tile.tokens),)](
         grad_streams,
         None if read is None else read.u,
         streams,
@@ -298,7 +298,7 @@ def parameter_backward(
     num_tokens, n, _ = Shape.of(new_streams)
     num_logits, width = parameters.weight.shape
     tile = tiles.weight_backward
-    splits = triton.cdiv(num_tokens, tiles.weight_split)
+    splits = blocks(num_tokens, tiles.weight_split)
     device = new_streams.device
     grads = ParameterGradients(
         weight=torch.empty((num_logits, width), dtype=torch.float32, device=device),
@@ -309,7 +309,7 @@ def parameter_backward(
     if splits > 1:
         size = (splits, num_logits, width)
         weight_partial = torch.empty(size, dtype=torch.float32, device=device)
-    weight_bwd[(triton.cdiv(width, tile.channels), splits)](
+    weight_bwd[(blocks(width, tile.channels), splits)](
         new_streams,
         projected,
         weight_partial,
@@ -326,7 +326,7 @@ def parameter_backward(
         num_warps=tile.num_warps,
     )
     block = 1024
-    weight_programs = triton.cdiv(num_logits * width, block) if splits > 1 else 0
+    weight_programs = blocks(num_logits * width, block) if splits > 1 else 0
     reduce_partials[(num_logits + 3 + weight_programs,)](
         weight_partial,
         partial,

@@ -76,10 +76,10 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
     if num_streams == 2:
         # Pipelined, streams_bwd needs all 255 registers.
         return Tiles(
-            mix=Tile(tokens=16, channels=64, num_stages=4),
+            mix=Tile(tokens=16, channels=64, num_stages=5),
             post=Tile(tokens=16, channels=128, num_stages=1),
             mix_backward=Tile(tokens=32, channels=256),
-            streams_backward=Tile(tokens=16, channels=64, num_stages=1),
+            streams_backward=Tile(tokens=16, channels=128, num_stages=1),
             weight_backward=Tile(tokens=64, channels=64),
             weight_split=2048,
         )
