@@ -1,9 +1,9 @@
-"""The table of kernel times in docs/performance.md, made from a results file.
+"""The tables of kernel times in docs/performance.md, made from a results file.
 
     python benchmarks/kernel_table.py benchmarks/results/h100/kernels.jsonl
 
-Graph replays only. One row per commit, implementation and shape, in the order of the file; of a
-figure that was measured twice the last counts.
+Graph replays only: all of the commit that was measured last, then ``post_pre`` of every commit. Of
+a figure that was measured twice the last counts.
 """
 
 import json
@@ -11,32 +11,60 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_METRICS = ("fwd", "bwd", "fwd_bwd")
-_HEAD = (
-    "| commit | implementation | T, C, n | forward | backward | both |",
-    "|---|---|---|---|---|---|",
-)
+Line = dict[str, Any]
+_METRICS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "both"}
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: microseconds, and in brackets the ratio to the floor."""
-    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+def latest(lines: list[Line]) -> str:
+    """Every implementation at every shape; how many times ``post_pre``'s time each needs."""
+    commit = lines[-1]["commit"]
+    rows: dict[tuple[str, str], dict[str, Line]] = {}
     for line in lines:
-        if line["launch"] == "graph":
-            shape = ", ".join(str(line["shape"][name]) for name in ("T", "C", "n"))
-            row = rows.setdefault((line["commit"][:7], line["impl"], shape), {})
-            row[line["metric"]] = f"{line['value']:.0f} ({line['ratio_to_floor']:.2f})"
-    body = [
-        f"| {' | '.join((*key, *(row.get(metric, '') for metric in _METRICS)))} |"
-        for key, row in rows.items()
-    ]
-    return "\n".join((*_HEAD, *body))
+        if line["launch"] == "graph" and line["commit"] == commit:
+            rows.setdefault((_shape(line), line["impl"]), {})[line["metric"]] = line
+    body = []
+    for (shape, implementation), row in rows.items():
+        ours = rows[shape, "mhc_megatron.post_pre"]["fwd_bwd"]["value"]
+        times = f"{row['fwd_bwd']['value'] / ours:.2f}" if "fwd_bwd" in row else ""
+        body.append([shape, implementation, *(_figure(row.get(m)) for m in _METRICS), times])
+    head = ["T, C, n", "implementation", *_METRICS.values(), "both / post_pre's"]
+    return _markdown(head, body)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def history(lines: list[Line]) -> str:
+    """``post_pre``, forward and backward together, by commit and shape."""
+    rows: dict[str, dict[str, str]] = {}
+    for line in lines:
+        ours = line["impl"] == "mhc_megatron.post_pre" and line["shape"]["n"] == 4
+        if ours and line["launch"] == "graph" and line["metric"] == "fwd_bwd":
+            rows.setdefault(line["commit"][:7], {})[_shape(line)] = _figure(line)
+    shapes = sorted({shape for row in rows.values() for shape in row}, key=_numbers)
+    body = [[commit, *(row.get(shape, "") for shape in shapes)] for commit, row in rows.items()]
+    return _markdown(["commit", *shapes], body)
+
+
+def read(path: Path) -> list[Line]:
     """The lines of a results file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _shape(line: Line) -> str:
+    return ", ".join(str(line["shape"][name]) for name in ("T", "C", "n"))
+
+
+def _numbers(shape: str) -> list[int]:
+    return [int(number) for number in shape.split(", ")]
+
+
+def _figure(line: Line | None) -> str:
+    """Microseconds, and in brackets the ratio to the floor."""
+    return "" if line is None else f"{line['value']:.0f} ({line['ratio_to_floor']:.2f})"
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
 if __name__ == "__main__":
-    print(table(read(Path(sys.argv[1]))))
+    found = read(Path(sys.argv[1]))
+    print(latest(found), history(found), sep="\n\n")
