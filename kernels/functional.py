@@ -7,7 +7,9 @@ sublayers, in one pass over the streams. compositions.py defines them. Every fun
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mhc_megatron.kernels import checks, compositions
 from mhc_megatron.kernels.backends import Backend, choose_backend
@@ -52,6 +54,12 @@ def pre(
     if choose_backend(streams, options=options, backend=backend).name == "reference":
         return compositions.pre(streams, weight, alphas, bias, options=options)
     _check_parameters_of_kernels(weight, alphas, bias)
+    if _traced(streams, tiles):
+        from mhc_megatron.kernels import operators
+
+        constants = operators.constants_of(options)
+        u, packed, *_ = operators.pre(streams, weight, *alphas, bias, *constants)
+        return u, PackedMappings(packed, streams.shape[-2], streams.shape[:-2])
     from mhc_megatron.kernels.functions import Pre
 
     u, packed, through = Pre.apply(
@@ -91,6 +99,10 @@ def post(
         return compositions.post(streams, branch, mix, branch_bias=branch_bias)
     packed = pack(mix)
     checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
+    if _traced(streams, tiles):
+        from mhc_megatron.kernels import operators
+
+        return operators.post(streams, branch, branch_bias, packed)
     from mhc_megatron.kernels.functions import Post
 
     if isinstance(mix, PackedMappings):
@@ -179,6 +191,15 @@ def _boundary(
     packed = pack(mix)
     _check_parameters_of_kernels(weight, alphas, bias)
     checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
+    if _traced(streams, tiles):
+        from mhc_megatron.kernels import operators
+
+        operands = (streams, branch, branch_bias, packed, weight, *alphas, bias)
+        constants = operators.constants_of(options)
+        new_streams, u, new_packed, *_ = operators.post_pre(
+            *operands, *constants, read_with_previous
+        )
+        return new_streams, u, PackedMappings(new_packed, streams.shape[-2], streams.shape[:-2])
     from mhc_megatron.kernels.functions import PostPre
 
     if isinstance(mix, PackedMappings):
@@ -197,6 +218,14 @@ def _boundary(
         tiles or _tiles(streams),
     )
     return new_streams, u, PackedMappings(new_packed, streams.shape[-2], streams.shape[:-2])
+
+
+def _traced(streams: Tensor, tiles: "Tiles | None") -> bool:
+    """Whether torch.compile, torch.export or FakeTensor asks what would be computed."""
+    traced = torch.compiler.is_compiling() or isinstance(streams, FakeTensor)
+    if traced and tiles is not None:
+        raise ValueError("tiles: expected None while tracing, which uses the default tiles")
+    return traced
 
 
 def _check_parameters_of_kernels(weight: Tensor, alphas: Gates, bias: Tensor) -> None:

@@ -85,7 +85,7 @@ class Pre(torch.autograd.Function):
             tile=tiles.mix,
         )
         ctx.save_for_backward(streams, raw, packed, factors, *parameters)
-        ctx.options, ctx.tiles = options, tiles
+        ctx.options, ctx.tiles, ctx.trains = options, tiles, _any_requires_grad(parameters)
         ctx.set_materialize_grads(False)
         return u, packed, streams.view_as(streams)
 
@@ -165,6 +165,7 @@ class PostPre(torch.autograd.Function):
             *parameters,
         )
         ctx.options, ctx.tiles, ctx.single_pass = options, tiles, single_pass
+        ctx.trains = _any_requires_grad(parameters)
         ctx.set_materialize_grads(False)
         return new_streams, u, new_packed
 
@@ -224,6 +225,10 @@ class PostPre(torch.autograd.Function):
         )
 
 
+def _any_requires_grad(parameters: Parameters) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in parameters)
+
+
 def _read_gradients(
     ctx: Any,
     new_streams: Tensor,
@@ -258,7 +263,7 @@ def _parameter_gradients(
     ctx: Any, new_streams: Tensor, read: ReadGradients, partial: Tensor, parameters: Parameters
 ) -> tuple[Tensor | None, ...]:
     """In the order of ``Parameters``."""
-    if not any(tensor is not None and tensor.requires_grad for tensor in parameters):
+    if not ctx.trains:
         return (None,) * len(parameters)
     grads = launch.parameter_backward(
         new_streams, read.projected, partial, parameters, tiles=ctx.tiles
