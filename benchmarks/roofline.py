@@ -1,0 +1,77 @@
+"""A picture of kernel times against the bandwidth of a copy, made from a results file.
+
+    python benchmarks/roofline.py benchmarks/results/h100/kernels.jsonl docs/roofline.svg
+
+Forward and backward together, graph replays, the commit that was measured last. Right: the bytes
+that an implementation has to move at least; up: its time. A point on the line moves no byte twice.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+from kernel_table import Line, read
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+MARKERS = "os^Dv"
+COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
+MULTIPLES = (1.0, 2.0, 3.0)
+
+
+class Point(NamedTuple):
+    """``megabytes`` at least, in ``microseconds``."""
+
+    megabytes: float
+    microseconds: float
+
+
+def points(lines: list[Line]) -> dict[str, list[Point]]:
+    """By implementation, in the order of the file."""
+    commit = lines[-1]["commit"]
+    found: dict[str, list[Point]] = {}
+    for line in lines:
+        if (line["commit"], line["launch"], line["metric"]) == (commit, "graph", "fwd_bwd"):
+            megabytes = line["floor"] * line["copy_tb_per_s"]
+            found.setdefault(line["impl"], []).append(Point(megabytes, line["value"]))
+    return found
+
+
+def draw(lines: list[Line]) -> Figure:
+    """Logarithmic axes, on which every multiple of the limit is a parallel line."""
+    figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+    axes = figure.subplots()
+    series = points(lines)
+    bandwidth = lines[-1]["copy_tb_per_s"]
+    sizes = sorted(point.megabytes for found in series.values() for point in found)
+    span = (sizes[0] * 0.8, sizes[-1] * 1.25)
+    for multiple in MULTIPLES:
+        times = [multiple * size / bandwidth for size in span]
+        axes.plot(
+            span, times, color="#888888", linewidth=0.9, dashes=(1, 1.5) if multiple > 1 else ()
+        )
+        axes.annotate(f" {multiple:g} x", (span[1], times[1]), va="center", color="#666666")
+    for (name, found), marker, colour in zip(series.items(), MARKERS, COLOURS, strict=False):
+        xs, ys = [p.megabytes for p in found], [p.microseconds for p in found]
+        axes.plot(xs, ys, marker, color=colour, label=name, markersize=6)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes that have to be moved, MB",
+        ylabel="forward and backward, µs",
+        title=f"{lines[-1]['gpu']}, a copy moves {bandwidth:.2f} TB/s: multiples of its time",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False)
+    axes.grid(color="#e6e6e6", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    matplotlib.rcParams.update({"svg.hashsalt": "roofline", "svg.fonttype": "none"})
+    draw(read(Path(sys.argv[1]))).savefig(sys.argv[2], metadata={"Date": None})
