@@ -1,6 +1,7 @@
 """The operations of hyper-connections on [..., n, C] streams; docs/math.md states each of them."""
 
 from mhc_megatron.kernels.backends import BackendChoice, choose_backend
+from mhc_megatron.kernels.checks import finite_inputs
 from mhc_megatron.kernels.compositions import Gates
 from mhc_megatron.kernels.functional import post, post_pre, pre, single_pass
 from mhc_megatron.kernels.options import MappingOptions
@@ -36,6 +37,7 @@ __all__ = [
     "contract_mean",
     "contract_sum",
     "expand",
+    "finite_inputs",
     "mappings",
     "permutation",
     "post",

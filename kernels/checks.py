@@ -1,5 +1,8 @@
 """Arguments of the functional API: a wrong one is named, with what was expected."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -7,12 +10,29 @@ from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.packed import PackedMappings
 from mhc_megatron.kernels.reference import Mappings
 
+_finite = False
+
+
+@contextmanager
+def finite_inputs() -> Iterator[None]:
+    """Inside, every call of this process also checks that what it is given is finite.
+
+    For finding the first NaN or infinity: each check waits for the GPU, and tracing is refused.
+    """
+    global _finite
+    before, _finite = _finite, True
+    try:
+        yield
+    finally:
+        _finite = before
+
 
 def check_streams(streams: Tensor) -> None:
     if streams.dim() < 2 or not streams.is_floating_point():
         raise ValueError(
             f"streams: expected floating [..., n, C], got {streams.dtype} {tuple(streams.shape)}"
         )
+    _expect_finite("streams", streams)
 
 
 def check_parameters(
@@ -80,3 +100,14 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected it on {device} as the streams, got {tensor.device}")
+    _expect_finite(name, tensor)
+
+
+def _expect_finite(name: str, tensor: Tensor) -> None:
+    if not _finite:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("finite_inputs: expected eager calls, a trace has no numbers to check")
+    wrong = tensor.numel() - int(tensor.isfinite().sum())
+    if wrong:
+        raise ValueError(f"{name}: expected finite numbers, {wrong} of {tensor.numel()} are not")

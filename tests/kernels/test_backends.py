@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.fused import Case, arguments, operands, run_kernels
 
-from mhc_megatron.kernels import MappingOptions, choose_backend, post_pre
+from mhc_megatron.kernels import MappingOptions, choose_backend, finite_inputs, post_pre
 from mhc_megatron.kernels.triton.arguments import INTERPRETED
 
 
@@ -136,3 +136,22 @@ def test_leading_dimensions_are_kept(device: torch.device) -> None:
     for name, value in got.items():
         assert value.shape[:2] == (3, 2)
         assert torch.equal(value.flatten(0, 1), flat[name]), name
+
+
+@pytest.mark.parametrize("name", ["streams", "branch", "weight", "alpha_post", "bias", "mix_res"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+def test_a_number_that_is_not_finite_is_named_when_checking(name: str, number: float) -> None:
+    case = Case()
+    leaves = operands(case, torch.device("cpu"))
+    leaves[name].view(-1)[-1] = number
+    run_kernels(case, leaves)  # unchecked: no wait for the GPU
+    named = name.replace("mix_", "mix.")
+    message = f"{named}: expected finite numbers, 1 of {leaves[name].numel()} are not"
+    with finite_inputs(), pytest.raises(ValueError, match=re.escape(message)):
+        run_kernels(case, leaves)
+    run_kernels(case, leaves)
+
+
+def test_checking_accepts_finite_numbers() -> None:
+    with finite_inputs():
+        run_kernels(Case(), operands(Case(), torch.device("cpu")))
