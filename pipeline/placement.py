@@ -23,6 +23,11 @@ class Placement:
         """Stages of the model, copies not counted."""
         return len(self.ranks)
 
+    @property
+    def num_copies(self) -> int:
+        """Ranks that hold each stage."""
+        return 1 if self.mirrored_from is None else 2
+
     def rank_of(self, stage: int, mb: int) -> int:
         """The rank that computes ``stage`` for ``mb``."""
         rank = self.ranks[stage]

@@ -71,8 +71,16 @@ from mhc_megatron.training.schedule import learning_rate
             "model.num_layers=6 is not divisible",
         ),
         (
-            lambda: ParallelConfig(pipeline=2, schedule="dualpipe"),
-            "parallel.schedule='dualpipe' keeps two copies of every parameter, .* use dualpipe_v",
+            lambda: ParallelConfig(pipeline=3, schedule="dualpipe"),
+            "parallel.pipeline=3 is odd, and dualpipe has two directions; use parallel.pipeline=4 ",
+        ),
+        (
+            lambda: TrainConfig(
+                parallel=ParallelConfig(pipeline=2, schedule="dualpipe"),
+                micro_batch_size=1,
+                global_batch_size=5,
+            ),
+            "5 micro-batches per step are an odd number, and dualpipe sends a half in each",
         ),
         (
             lambda: ParallelConfig(pipeline=2, schedule="interleaved"),

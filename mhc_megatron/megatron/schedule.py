@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.chunk_stages import ChunkStages
 from mhc_megatron.pipeline.executor import ExecutionError, execute
 from mhc_megatron.pipeline.lower import Program, lower_rank
 from mhc_megatron.pipeline.schedule import Schedule
-from mhc_megatron.pipeline.stage import AutogradStage
 from mhc_megatron.pipeline.stopwatch import Stopwatch
 from mhc_megatron.pipeline.transport import Message, Transport
 from mhc_megatron.pipeline.validate import validate
@@ -25,8 +24,13 @@ from mhc_megatron.pipeline.validate import validate
 class ForwardBackward:
     """A step of ``schedule``, called as Megatron's forward_backward_func is.
 
+    A schedule with two copies of each stage, bidirectional DualPipe, asks that the two ranks that
+    hold a stage are data-parallel replicas to Megatron, which then reduces their gradients, counts
+    them once and saves them once: initialise its pipeline with half of the schedule's ranks. Both
+    halves get the same micro-batches.
+
     Args:
-        schedule: any that ``validate`` accepts, one copy of each stage.
+        schedule: any that ``validate`` accepts.
         transport: to the neighbours; made once, for all steps.
         num_streams: n of the hyper-connections, 1 for the plain residual: messages are
             [s, b, n*C].
@@ -36,17 +40,12 @@ class ForwardBackward:
 
     Raises:
         ScheduleError: the schedule is not valid.
-        UserError: bidirectional DualPipe, whose second copies of the parameters would have to be
-            reduced, counted once and saved once.
+        UserError: two copies of each stage that are not replicas to Megatron.
     """
 
     def __init__(self, schedule: Schedule, transport: Transport, *, num_streams: int = 1) -> None:
         validate(schedule)
-        if schedule.placement.mirrored_from is not None:
-            raise UserError(
-                f"{schedule.name} keeps two copies of every parameter, which this executor does "
-                "not reduce; use dualpipe_v"
-            )
+        _check_copies(schedule)
         self.schedule, self.transport, self.num_streams = schedule, transport, num_streams
         self.stopwatch: Stopwatch | None = None
         self._programs: dict[bool, Program] = {}
@@ -73,11 +72,12 @@ class ForwardBackward:
 
         Args:
             model: this rank's chunks in the order of their stages, each with an entry of
-                ``data_iterator``; built with ``stage_place``.
+                ``data_iterator``, which yields all micro-batches of the step, also where the chunk
+                computes half of them; built with ``stage_place``.
             The others are Megatron's.
 
         Returns:
-            What the loss function reports, per micro-batch, on the rank of the last stage; empty
+            What the loss function reports, per micro-batch, on the ranks of the last stage; empty
             on the others.
 
         Raises:
@@ -94,11 +94,10 @@ class ForwardBackward:
             p2p_communicator=p2p_communicator is not None,
         )
         self._check(config, chunks, stages, num_microbatches)
-        step = _Step(
+        step = ChunkStages(
             forward_step_func=forward_step_func,
             config=config,
-            num_microbatches=num_microbatches,
-            num_stages=self.schedule.num_stages,
+            schedule=self.schedule,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
             first_val_step=first_val_step,
@@ -125,6 +124,7 @@ class ForwardBackward:
                 if isinstance(error.__cause__, UserError):
                     raise error.__cause__ from None
                 raise
+        step.skip_what_others_took()
         if not forward_only and config.finalize_model_grads_func is not None:
             self._finalize(config, chunks, step.num_tokens, pg_collection, force_all_reduce)
         return step.reports
@@ -177,6 +177,13 @@ class ForwardBackward:
         ):
             if getattr(config, option, None):
                 raise UserError(f"{option} does not combine with {name}: {reason}")
+        balancing = config.moe_router_load_balancing_type
+        if self.schedule.placement.num_copies > 1 and "global_aux_loss" in balancing:
+            raise UserError(
+                f"moe_router_load_balancing_type={balancing!r} does not combine with {name}: the "
+                "router adds up counts over replicas in its forward, and two copies of a stage run "
+                "at different times; use aux_loss or seq_aux_loss"
+            )
         for chunk in chunks:
             if get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights"):
                 raise UserError(
@@ -204,57 +211,15 @@ class ForwardBackward:
         )
 
 
-class _Step:
-    """What the stages of one step share."""
-
-    def __init__(
-        self,
-        *,
-        forward_step_func: Callable[..., Any],
-        config: TransformerConfig,
-        num_microbatches: int,
-        num_stages: int,
-        forward_only: bool,
-        collect_non_loss_data: bool,
-        first_val_step: bool | None,
-    ) -> None:
-        self.reports: list[Any] = []
-        self.num_tokens = torch.zeros((), dtype=torch.int)
-        self._forward_step_func, self._config = forward_step_func, config
-        self._num_microbatches, self._num_stages = num_microbatches, num_stages
-        self._forward_only, self._collect = forward_only, collect_non_loss_data
-        self._may_be_first = first_val_step is None or not forward_only or first_val_step
-
-    def stage(self, stage: int, chunk: torch.nn.Module, data: Iterator[Any]) -> AutogradStage:
-        """A chunk as a stage; micro-batches come in the order of ``data``."""
-        is_last = stage == self._num_stages - 1
-        taken = 0
-
-        def forward(mb: int, x: Tensor | None) -> Tensor:
-            nonlocal taken
-            assert mb == taken, f"stage {stage} takes micro-batch {mb} instead of {taken}"
-            taken += 1
-            output, num_tokens = forward_step(
-                self._forward_step_func,
-                data,
-                chunk,
-                self._num_microbatches,
-                x,
-                self.reports,
-                self._config,
-                parallel_state.get_context_parallel_world_size(),
-                collect_non_loss_data=self._collect,
-                is_first_microbatch=self._may_be_first and mb == 0,
-                current_microbatch=mb,
-                is_last_stage=is_last,
-            )
-            if is_last:
-                self.num_tokens = self.num_tokens + num_tokens
-                if self._config.grad_scale_func is not None and not self._forward_only:
-                    output = self._config.grad_scale_func(output)
-            return output
-
-        return AutogradStage(forward, name=f"stage {stage}")
+def _check_copies(schedule: Schedule) -> None:
+    copies = schedule.placement.num_copies
+    found = parallel_state.get_pipeline_model_parallel_world_size()
+    if copies > 1 and found * copies != schedule.num_ranks:
+        raise UserError(
+            f"{schedule.name} holds every stage on {copies} of its {schedule.num_ranks} ranks, "
+            f"which have to be data-parallel replicas, but Megatron's pipeline has {found} ranks; "
+            f"initialise it with pipeline_model_parallel_size={schedule.num_ranks // copies}"
+        )
 
 
 def refuse_arguments(**given: bool) -> None:

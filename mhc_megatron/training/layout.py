@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from mhc_megatron.errors import UserError
 
-PipelineSchedule = Literal["megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v"]
+PipelineSchedule = Literal["megatron", "gpipe", "one_f_one_b", "zb_h1", "dualpipe_v", "dualpipe"]
 
 
 def require_positive(section: str, config: object, *names: str) -> None:
@@ -27,7 +27,8 @@ class ParallelConfig:
             interleaved 1F1B.
         schedule: of the pipeline. ``megatron`` is Megatron's own, 1F1B or interleaved 1F1B; the
             others run on the executor of ``mhc_megatron.pipeline``. ``dualpipe_v`` cuts the model
-            into two stages per pipeline rank.
+            into two stages per pipeline rank; ``dualpipe`` runs half of the micro-batches through
+            the ranks in reverse and keeps every stage on two of them.
         sequence: sequence parallelism (needs ``tensor`` > 1).
         distributed_optimizer: shard the optimizer states over data-parallel ranks.
     """
@@ -64,11 +65,6 @@ class ParallelConfig:
 
     def _check_schedule(self) -> None:
         name = self.schedule
-        if name == "dualpipe":
-            raise UserError(
-                "parallel.schedule='dualpipe' keeps two copies of every parameter, which training "
-                "does not reduce; use dualpipe_v, or mhc-megatron simulate to look at it"
-            )
         if name == "interleaved":
             raise UserError(
                 "parallel.schedule='interleaved' is Megatron's own; use parallel.virtual > 1 with "
@@ -89,11 +85,21 @@ class ParallelConfig:
                 f"parallel.virtual={self.virtual} is for parallel.schedule='megatron'; "
                 f"{name} has its own number of stages per rank; set parallel.virtual=1"
             )
+        if self.pipeline % self.num_copies:
+            raise UserError(
+                f"parallel.pipeline={self.pipeline} is odd, and {name} has two directions; use "
+                f"parallel.pipeline={self.pipeline + 1} or parallel.schedule=dualpipe_v"
+            )
 
     @property
     def num_stages(self) -> int:
         """Model chunks over all pipeline ranks."""
         return self.pipeline * (2 if self.schedule == "dualpipe_v" else self.virtual)
+
+    @property
+    def num_copies(self) -> int:
+        """How often a pipeline holds every stage: twice under bidirectional DualPipe."""
+        return 2 if self.schedule == "dualpipe" else 1
 
     @property
     def world_size(self) -> int:

@@ -1,4 +1,12 @@
-"""Which schedule a run's pipeline follows, and who runs it."""
+"""Which schedule a run's pipeline follows, and who runs it.
+
+Bidirectional DualPipe on P ranks is, to Megatron, a pipeline of P/2 ranks and twice the
+data-parallel replicas: ranks r and P - 1 - r hold the same two stages and are each other's
+replicas. Megatron then adds up their gradients, counts them once in the gradient norm, saves them
+once and shards the distributed optimizer's state over both, as it does for all replicas. What it
+does not see is that a micro-batch crosses from one replica to the other in the middle of the model:
+that is the schedule's.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -28,6 +36,30 @@ def pipeline_schedule(config: TrainConfig) -> Schedule:
     return generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
 
 
+def data_rank(config: TrainConfig) -> int:
+    """This process's share of the global batch, below ``parallel.data``."""
+    return parallel_state.get_data_parallel_rank() % config.parallel.data
+
+
+def pipeline_ranks(config: TrainConfig) -> list[int]:
+    """Global ranks of this process's pipeline in the order of its schedule.
+
+    Called by all processes together. Under bidirectional DualPipe the second half is Megatron's
+    pipeline ``parallel.data`` replicas further on, backwards: with that distance, and not the
+    next replica, expert-parallel groups stay within one half, whose ranks run the same
+    micro-batches at the same time.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks: list[int] = torch.distributed.get_process_group_ranks(group)
+    if config.parallel.num_copies == 1:
+        return ranks
+    replicas = parallel_state.get_data_parallel_group()
+    halves: list[list[int]] = [[]] * torch.distributed.get_world_size(replicas)
+    torch.distributed.all_gather_object(halves, ranks, group=replicas)
+    first = data_rank(config)
+    return halves[first] + halves[first + config.parallel.data][::-1]
+
+
 def forward_backward_func(
     config: TrainConfig, megatron_config: TransformerConfig
 ) -> ForwardBackwardFunction:
@@ -41,13 +73,8 @@ def forward_backward_func(
     """
     num_streams = config.mhc.num_streams if config.model.residual == "mhc" else 1
     if config.parallel.schedule != "megatron":
-        group = parallel_state.get_pipeline_model_parallel_group()
         schedule = pipeline_schedule(config)
-        transport = DistributedTransport(
-            schedule,
-            torch.distributed.get_process_group_ranks(group),
-            device=_device(),
-        )
+        transport = DistributedTransport(schedule, pipeline_ranks(config), device=_device())
         return ForwardBackward(schedule, transport, num_streams=num_streams)
     function = get_forward_backward_func()
     if num_streams > 1 and config.parallel.pipeline > 1:
@@ -56,8 +83,12 @@ def forward_backward_func(
 
 
 @contextlib.contextmanager
-def measured(function: ForwardBackwardFunction, *, enabled: bool) -> Iterator[list[Spans]]:
+def measured(
+    config: TrainConfig, function: ForwardBackwardFunction, *, enabled: bool
+) -> Iterator[list[Spans]]:
     """Measure every action of the steps inside, if ``function`` is a ForwardBackward.
+
+    Entered and left by all processes together.
 
     Yields:
         A list that holds, after the context has closed, the spans of every rank of this process's
@@ -67,16 +98,16 @@ def measured(function: ForwardBackwardFunction, *, enabled: bool) -> Iterator[li
     if not enabled or not isinstance(function, ForwardBackward):
         yield spans
         return
-    group = parallel_state.get_pipeline_model_parallel_group()
-    torch.distributed.barrier(group=group)
+    torch.distributed.barrier()
     function.stopwatch = stopwatch(_device())
     try:
         yield spans
     finally:
         watch, function.stopwatch = function.stopwatch, None
-    found: list[Spans] = [[]] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, watch.spans(), group=group)
-    spans.extend(found)
+    # A bidirectional pipeline is no process group of Megatron's: every process sends its spans.
+    found: list[Spans] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, watch.spans())
+    spans.extend(found[rank] for rank in pipeline_ranks(config))
 
 
 def _device() -> torch.device:

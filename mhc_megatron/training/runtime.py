@@ -56,7 +56,8 @@ def distributed_runtime(
         stack.callback(torch.distributed.destroy_process_group)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
+            # Two copies of a stage are data-parallel replicas to Megatron (training/pipeline.py).
+            pipeline_model_parallel_size=layout.pipeline // layout.num_copies,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,

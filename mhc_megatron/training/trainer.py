@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core import parallel_state
 
 from mhc_megatron.data.dataset import batch, build_datasets, check_split, micro_batch_indices
 from mhc_megatron.data.prepare import prepare_embedded
@@ -24,7 +23,7 @@ from mhc_megatron.training.model import (
     wrap_data_parallel,
 )
 from mhc_megatron.training.optimizer import build_optimizer, update_groups
-from mhc_megatron.training.pipeline import forward_backward_func, measured
+from mhc_megatron.training.pipeline import data_rank, forward_backward_func, measured
 from mhc_megatron.training.probe import Mappings, probe_mappings
 from mhc_megatron.training.step import Batch, run_step
 
@@ -114,7 +113,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batches = self._batches(self.train_data, step)
-        with measured(self.forward_backward, enabled=step == self.config.steps - 1) as spans:
+        with measured(
+            self.config, self.forward_backward, enabled=step == self.config.steps - 1
+        ) as spans:
             loss = run_step(self.config, self.forward_backward, self.chunks, batches)
         require_finite("loss", loss, step + 1)
         _, grad_norm, _ = self.optimizer.step()
@@ -164,7 +165,7 @@ class Trainer:
                 step,
                 global_batch_size=self.config.global_batch_size,
                 micro_batch_size=self.config.micro_batch_size,
-                data_rank=parallel_state.get_data_parallel_rank(),
+                data_rank=data_rank(self.config),
                 data_size=self.config.parallel.data,
             )
         ]

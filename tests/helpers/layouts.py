@@ -7,16 +7,18 @@ entry by entry.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
-from mhc_megatron.training.pipeline import forward_backward_func
+from mhc_megatron.training.pipeline import data_rank, forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import Batch, run_step
 
@@ -38,7 +40,7 @@ def sample(index: int, seq_length: int) -> Batch:
 
 def micro_batches(config: TrainConfig, step: int) -> list[Batch]:
     """This data-parallel rank's micro-batches of a step; the global batch is the same set."""
-    replica = parallel_state.get_data_parallel_rank()
+    replica = data_rank(config)
     size = config.micro_batch_size
     batches = []
     for index in range(config.num_micro_batches):
@@ -84,6 +86,29 @@ def _finalize_whole_gradients(*args: Any, **kwargs: Any) -> None:
     finalize_model_grads(*args, **{**kwargs, "force_all_reduce": True})
 
 
+def _in_halves(
+    function: Callable[..., list[Any]],
+    config: TransformerConfig,
+    *,
+    model: list[torch.nn.Module],
+    num_microbatches: int,
+    **others: Any,
+) -> list[Any]:
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    reports, sums = [], []
+    for _ in range(2):
+        reports += function(model=model, num_microbatches=num_microbatches // 2, **others)
+        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+        sums.append([parameter.main_grad.clone() for parameter in parameters])
+        for chunk in model:
+            chunk.zero_grad_buffer()
+    for parameter, first, second in zip(parameters, *sums, strict=True):
+        parameter.main_grad.copy_(first + second)
+    num_tokens = sum(report["lm"][1] for report in reports)
+    finalize(model, num_tokens.to(torch.int))
+    return reports
+
+
 def losses_and_gradients(
     rank: int,
     world_size: int,
@@ -91,10 +116,12 @@ def losses_and_gradients(
     initial: str,
     gradients: str,
     spoil: Callable[[list[torch.nn.Module]], None] | None = None,
+    halves: bool = False,
 ) -> float:
     """One forward and backward from the saved parameters; the gradients go to ``gradients``.
 
-    ``spoil`` may damage the model before the step: mutation checks use it.
+    ``spoil`` may damage the model before the step: mutation checks use it. ``halves`` adds up the
+    gradients of either half of the micro-batches by itself, as bidirectional DualPipe does.
     """
     with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
         megatron_config = transformer_config(config)
@@ -107,6 +134,8 @@ def losses_and_gradients(
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         forward_backward = forward_backward_func(config, megatron_config)
+        if halves:
+            forward_backward = partial(_in_halves, forward_backward, megatron_config)
         loss = run_step(config, forward_backward, wrapped, micro_batches(config, step=0))
         with torch.no_grad():
             for chunk in chunks:

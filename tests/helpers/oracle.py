@@ -47,16 +47,20 @@ def run_config(
 
 
 class Oracle:
-    """Single-process parameters, loss and gradients of a model, made once for all layouts."""
+    """Single-process parameters, loss and gradients of a model, made once for all layouts.
 
-    def __init__(self, workers: WorkerPool, config: TrainConfig, folder: Path) -> None:
+    With ``halves``, those of either half of the micro-batches are added up by themselves.
+    """
+
+    def __init__(
+        self, workers: WorkerPool, config: TrainConfig, folder: Path, *, halves: bool = False
+    ) -> None:
         self.initial, self.gradients = folder / "initial", folder / "gradients"
         for path in (self.initial, self.gradients):
             path.mkdir(parents=True)
         workers.run(layouts.save_initial, 1, config, str(self.initial))
-        [self.loss] = workers.run(
-            layouts.losses_and_gradients, 1, config, str(self.initial), str(self.gradients)
-        )
+        arguments = (config, str(self.initial), str(self.gradients), None, halves)
+        [self.loss] = workers.run(layouts.losses_and_gradients, 1, *arguments)
 
     def errors(
         self, workers: WorkerPool, config: TrainConfig, folder: Path, spoil: Any = None

@@ -21,6 +21,21 @@ def train_steps(
         return losses
 
 
+def norms_and_parameters(
+    rank: int, world_size: int, config: TrainConfig, until: int
+) -> tuple[list[float], float, dict[str, bytes]]:
+    """Resume, train; every step's gradient norm, a validation loss, and the parameters' bytes."""
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        trainer = Trainer(config)
+        norms = [trainer.step(step).grad_norm for step in range(trainer.resume(), until)]
+        parameters = {
+            f"{index}.{name}": parameter.detach().numpy().tobytes()
+            for index, chunk in enumerate(trainer.bare_chunks)
+            for name, parameter in chunk.named_parameters()
+        }
+        return norms, trainer.evaluate()[0], parameters
+
+
 def validation_loss(rank: int, world_size: int, config: TrainConfig) -> float:
     """Validation loss of the untrained model."""
     with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):

@@ -1,14 +1,25 @@
 """Our executor's schedules on real GPT models equal the single process, bit for bit.
 
 Each schedule takes the backwards and the weight gradients of a stage in the order of the
-micro-batches, as the single process does, so no sum has another order.
+micro-batches, as the single process does, so no sum has another order. Bidirectional DualPipe has
+two copies of a stage, each with the sum of its half: its single process adds up in halves, too.
 """
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.oracle import DENSE, EXACT, MOE, MTP, SUMMATION_ORDER, Oracle, check, run_config
+from helpers.oracle import (
+    DENSE,
+    EXACT,
+    MODELS,
+    MOE,
+    MTP,
+    SUMMATION_ORDER,
+    Oracle,
+    check,
+    run_config,
+)
 from helpers.pool import WorkerPool
 from megatron.core import __version__ as core_version
 from packaging.version import Version
@@ -32,6 +43,18 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         {},
         SUMMATION_ORDER,
     ),
+    "pp2_dualpipe": ({"pipeline": 2, "schedule": "dualpipe"}, {}, EXACT),
+    "pp4_dualpipe": ({"pipeline": 4, "schedule": "dualpipe"}, {}, EXACT),
+    "dp2_pp2_dualpipe_distributed_optimizer": (
+        {"data": 2, "pipeline": 2, "schedule": "dualpipe", "distributed_optimizer": True},
+        {},
+        SUMMATION_ORDER,
+    ),
+    "tp2_sp_pp2_dualpipe": (
+        {"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "dualpipe"},
+        {},
+        SUMMATION_ORDER,
+    ),
     "tp2_sp_pp2_dualpipe_v": (
         {"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "dualpipe_v"},
         {},
@@ -46,12 +69,18 @@ def oracles() -> dict[str, Oracle]:
 
 
 def oracle(
-    name: str, model: dict[str, Any], workers: WorkerPool, oracles: dict[str, Oracle], folder: Any
+    name: str,
+    layout: dict[str, Any],
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    folder: Any,
 ) -> Oracle:
-    if name not in oracles:
-        config = run_config(model, global_batch_size=NUM_MB)
-        oracles[name] = Oracle(workers, config, folder.mktemp(name))
-    return oracles[name]
+    halves = layout["schedule"] == "dualpipe"
+    key = f"{name}_in_halves" if halves else name
+    if key not in oracles:
+        config = run_config(MODELS[name], global_batch_size=NUM_MB)
+        oracles[key] = Oracle(workers, config, folder.mktemp(key), halves=halves)
+    return oracles[key]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -63,7 +92,7 @@ def test_dense(
     tmp_path: Path,
 ) -> None:
     layout, options, tolerance = SCHEDULES[name]
-    single = oracle("dense", DENSE, workers, oracles, tmp_path_factory)
+    single = oracle("dense", layout, workers, oracles, tmp_path_factory)
     config = run_config(DENSE, layout, global_batch_size=NUM_MB, **options)
     losses, errors = single.errors(workers, config, tmp_path / "g")
     check(losses, errors, tolerance, loss_tolerance=1e-6 if tolerance else 0.0)
@@ -71,7 +100,9 @@ def test_dense(
 
 if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
 
-    @pytest.mark.parametrize("name", ["pp2_zb_h1", "pp2_dualpipe_v"])
+    @pytest.mark.parametrize(
+        "name", ["pp2_zb_h1", "pp2_dualpipe_v", "pp2_dualpipe", "pp4_dualpipe"]
+    )
     def test_moe(
         name: str,
         workers: WorkerPool,
@@ -80,20 +111,35 @@ if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refu
         tmp_path: Path,
     ) -> None:
         layout, _, tolerance = SCHEDULES[name]
-        single = oracle("moe", MOE, workers, oracles, tmp_path_factory)
+        single = oracle("moe", layout, workers, oracles, tmp_path_factory)
         config = run_config(MOE, layout, global_batch_size=NUM_MB)
         losses, errors = single.errors(workers, config, tmp_path / "g")
         check(losses, errors, tolerance, loss_tolerance=0.0)
 
+    def test_experts_are_exchanged_within_one_direction(
+        workers: WorkerPool,
+        oracles: dict[str, Oracle],
+        tmp_path_factory: pytest.TempPathFactory,
+        tmp_path: Path,
+    ) -> None:
+        layout = {"data": 2, "expert": 2, "pipeline": 2, "schedule": "dualpipe"}
+        single = oracle("moe", layout, workers, oracles, tmp_path_factory)
+        config = run_config(MOE, layout, global_batch_size=NUM_MB)
+        losses, errors = single.errors(workers, config, tmp_path / "g")
+        check(losses, errors, SUMMATION_ORDER, loss_tolerance=1e-6)
 
-def test_bf16(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> None:
+
+@pytest.mark.parametrize("name", ["pp2_dualpipe_v", "pp2_dualpipe"])
+def test_bf16(name: str, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Megatron casts the last stage's output, wherever that stage is."""
     folder = tmp_path_factory.mktemp("bf16")
     optimizer = {"distributed_optimizer": True}
     one = run_config(DENSE, optimizer, global_batch_size=NUM_MB, dtype="bf16")
-    layout = {**SCHEDULES["pp2_dualpipe_v"][0], **optimizer}
+    layout = {**SCHEDULES[name][0], **optimizer}
     two = run_config(DENSE, layout, global_batch_size=NUM_MB, dtype="bf16")
-    losses, errors = Oracle(workers, one, folder).errors(workers, two, folder / "g")
+    losses, errors = Oracle(workers, one, folder, halves=name == "pp2_dualpipe").errors(
+        workers, two, folder / "g"
+    )
     check(losses, errors, EXACT, loss_tolerance=0.0)
 
 
@@ -103,8 +149,9 @@ def test_mtp(
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
 ) -> None:
-    single = oracle("mtp", MTP, workers, oracles, tmp_path_factory)
-    config = run_config(MTP, SCHEDULES["pp2_zb_h1"][0], global_batch_size=NUM_MB)
+    layout = SCHEDULES["pp2_zb_h1"][0]
+    single = oracle("mtp", layout, workers, oracles, tmp_path_factory)
+    config = run_config(MTP, layout, global_batch_size=NUM_MB)
     losses, errors = single.errors(workers, config, tmp_path / "g")
     # The MTP stage's share of the embedding gradient is added at the end.
     check(losses, errors, SUMMATION_ORDER, loss_tolerance=0.0)

@@ -123,6 +123,7 @@ SCHEDULES = {
     "1f1b": {"pipeline": 2},
     "zb_h1": {"pipeline": 2, "schedule": "zb_h1"},
     "dualpipe_v": {"pipeline": 2, "schedule": "dualpipe_v"},
+    "dualpipe": {"pipeline": 2, "schedule": "dualpipe"},
 }
 
 
@@ -132,6 +133,9 @@ SCHEDULES = {
         ("dualpipe_v", "1f1b", False),
         ("1f1b", "dualpipe_v", False),
         ("zb_h1", "dualpipe_v", True),
+        ("dualpipe_v", "dualpipe", False),
+        ("dualpipe", "1f1b", False),
+        ("dualpipe", "dualpipe_v", True),
     ],
 )
 def test_checkpoints_do_not_depend_on_the_schedule(
@@ -152,6 +156,28 @@ def test_checkpoints_do_not_depend_on_the_schedule(
     other = run(workers, second, 6)
     # The gradient norm is summed over ranks that hold other parameters, and scales every gradient.
     assert close(other, rest)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_copies_of_a_stage_count_once_and_stay_equal(
+    distributed_optimizer: bool, workers: WorkerPool, config: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, micro_batch_size=1, global_batch_size=8)
+    start = under(config, distributed_optimizer=distributed_optimizer)
+    run(workers, start, 1, save=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    layout = {"pipeline": 4, "schedule": "dualpipe"}
+    two_ways = under(
+        config, tmp_path / "other", distributed_optimizer=distributed_optimizer, **layout
+    )
+    [(norms, loss, _)] = workers.run(training.norms_and_parameters, 1, start, 4)
+    ranks = workers.run(training.norms_and_parameters, 4, two_ways, 4)
+    for found, other_loss, _ in ranks:
+        assert found == pytest.approx(norms, rel=AFTER_STEPS)
+        assert other_loss == pytest.approx(loss, rel=AFTER_STEPS)
+    parameters = [rank[2] for rank in ranks]
+    assert parameters[0] == parameters[3] and parameters[1] == parameters[2]
+    assert parameters[0].keys() != parameters[1].keys()  # embedding and output layer
 
 
 def test_the_distributed_optimizer_reshards(
