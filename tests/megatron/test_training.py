@@ -175,9 +175,10 @@ def test_copies_of_a_stage_count_once_and_stay_equal(
     for found, other_loss, _ in ranks:
         assert found == pytest.approx(norms, rel=AFTER_STEPS)
         assert other_loss == pytest.approx(loss, rel=AFTER_STEPS)
+    # Megatron's order of processes: replicas are neighbours.
     parameters = [rank[2] for rank in ranks]
-    assert parameters[0] == parameters[3] and parameters[1] == parameters[2]
-    assert parameters[0].keys() != parameters[1].keys()  # embedding and output layer
+    assert parameters[0] == parameters[1] and parameters[2] == parameters[3]
+    assert parameters[0].keys() != parameters[2].keys()  # embedding and output layer
 
 
 def test_the_distributed_optimizer_reshards(
