@@ -26,10 +26,12 @@ from mhc_megatron.kernels.triton.tiles import default_tiles
 
 SHARED_MEMORY = 227 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+REBUILT = 5  # states, and one more branch input: a block of six sublayers
 KERNELS = (
     "split_weight",
     "mix_fwd",
     "post_fwd",
+    "rebuild_fwd",
     "mix_bwd",
     "streams_bwd",
     "weight_bwd",
@@ -66,6 +68,13 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
         if isinstance(value, float):
             signature[name] = "fp32"
             continue
+        if isinstance(value, tuple):
+            signature[name] = tuple("constexpr" if v is None else TYPES[v.dtype] for v in value)
+            constants |= {(index, i): None for i, v in enumerate(value) if v is None}
+            attributes |= {
+                (index, i): [["tt.divisibility", 16]] for i, v in enumerate(value) if v is not None
+            }
+            continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(recorder.kernel, signature, constants, attributes)
@@ -90,7 +99,7 @@ def resources(cubin: bytes) -> str:
 
 
 def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) -> list[Recorder]:
-    """Every launch of post, and of pre, post_pre and single_pass with their backward."""
+    """Every launch of post, a rebuild, and of pre, post_pre and single_pass with their backward."""
     recorders = [Recorder(name, getattr(launch, name)) for name in KERNELS]
     for recorder in recorders:
         setattr(launch, recorder.name, recorder)
@@ -107,6 +116,10 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
         meta(num_logits, n * channels), meta(1), meta(1), alpha_res, meta(num_logits)
     )
     launch.post(streams, branch, None, packed, tile=tiles.post)
+    states, branches = [streams] * REBUILT, [branch] * REBUILT
+    biases = [None, meta(channels, dtype=dtype), *[None] * (REBUILT - 2)]
+    mixes, inputs = [packed] * (REBUILT + 1), [branch] * (REBUILT + 1)
+    launch.rebuild(streams, branches, biases, mixes, states, inputs, tile=tiles.rebuild)
     backward = {"tile": tiles.streams_backward, "terms": tiles.product_terms}
     launch.streams_backward(
         streams, streams, branch, None, packed, None, single_pass=False, **backward
