@@ -13,6 +13,7 @@ from mhc_megatron.kernels.projections import (
     sinkhorn,
     sinkhorn_v4,
 )
+from mhc_megatron.kernels.recompute import Rebuilt, rebuild
 from mhc_megatron.kernels.reference import (
     Mappings,
     contract_learned,
@@ -32,6 +33,7 @@ __all__ = [
     "MappingOptions",
     "Mappings",
     "PackedMappings",
+    "Rebuilt",
     "choose_backend",
     "contract_learned",
     "contract_mean",
@@ -46,6 +48,7 @@ __all__ = [
     "pre",
     "pre_mix",
     "project",
+    "rebuild",
     "residual_mapping",
     "single_pass",
     "sinkhorn",

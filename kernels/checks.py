@@ -82,6 +82,22 @@ def check_mix(streams: Tensor, mix: Mappings | PackedMappings) -> None:
     _expect("mix.res", mix.res, (*tokens, n, n), streams.device)
 
 
+def check_rebuilt(streams: Tensor, states: list[Tensor], branch_inputs: list[Tensor]) -> None:
+    """Memory that the states and branch inputs of a block can be written to."""
+    branch_shape = (*streams.shape[:-2], streams.shape[-1])
+    for name, tensors, shape in (
+        ("out.streams", states, tuple(streams.shape)),
+        ("out.branch_inputs", branch_inputs, branch_shape),
+    ):
+        for tensor in tensors:
+            _expect(name, tensor, shape, streams.device)
+            if tensor.dtype != streams.dtype or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected contiguous {streams.dtype}, got {tensor.dtype} with strides "
+                    f"{tensor.stride()}"
+                )
+
+
 def check_kernel_operands(**operands: Tensor | None) -> None:
     """What only the kernels ask: float32 parameters and mappings, contiguous memory."""
     for name, operand in operands.items():

@@ -3,6 +3,8 @@
 Suffixes as in reference.py. All are differentiable by autograd.
 """
 
+from collections.abc import Iterator, Sequence
+
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
@@ -84,3 +86,20 @@ def single_pass(
     streams = post(streams, branch, mix, branch_bias=branch_bias)
     new_mix = compute_mappings(streams, weight, alphas, bias, options=options)
     return streams, pre_mix(streams, mix.pre), new_mix
+
+
+def rebuild(
+    streams: Tensor,
+    branches: Sequence[Tensor],
+    mixes: Sequence[Mappings | PackedMappings],
+    *,
+    branch_biases: Sequence[Tensor | None],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(streams, branch input) of each sublayer of a block, one at a time; see ``rebuild``."""
+    for index, mix in enumerate(mixes):
+        if index:
+            before = index - 1
+            streams = post(
+                streams, branches[before], mixes[before], branch_bias=branch_biases[before]
+            )
+        yield streams, pre_mix(streams, mix.pre)

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from mhc_megatron.pipeline.blocks import best_block, check_block, kept_width, rebuilt_width
 from mhc_megatron.pipeline.errors import ScheduleError
 
 _SUBLAYERS = 2  # attention and MLP, each with a hyper-connection of its own
@@ -48,11 +49,8 @@ class StageSize:
             value, least = getattr(self, field.name), lowest.get(field.name, 1)
             if value is not None and value < least:
                 raise ScheduleError(f"{field.name}={value} must be at least {least}")
-        if self.recompute_block is not None and self.recompute_block > self.num_sublayers:
-            raise ScheduleError(
-                f"recompute_block={self.recompute_block} is above the {self.num_sublayers} "
-                "sublayers of a stage; blocks end with the stage, so take fewer"
-            )
+        if self.recompute_block is not None:
+            check_block(self.recompute_block, num_sublayers=self.num_sublayers)
 
     @property
     def num_sublayers(self) -> int:
@@ -64,32 +62,30 @@ class StageSize:
         """The recompute block in use; 0 for none."""
         if self.recompute_block is not None:
             return self.recompute_block
-        return min(range(1, self.num_sublayers + 1), key=self._streams_kept)
+        return best_block(num_sublayers=self.num_sublayers, num_streams=self.streams)
 
     @property
     def held_bytes(self) -> int:
         """Kept from the forward to the end of the backward."""
         branches = self.num_sublayers * (1 + self.branch_width)
-        if self.block == 0:
-            return self._bytes(branches + self.num_sublayers * (self.streams + 2))
-        return self._bytes(branches + self.streams * self._num_blocks(self.block))
+        return self._bytes(branches) + self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """The part of ``held_bytes`` that the recompute block decides."""
+        return self._bytes(
+            kept_width(num_sublayers=self.num_sublayers, num_streams=self.streams, block=self.block)
+        )
 
     @property
     def rebuilt_bytes(self) -> int:
         """What a rebuild adds: the streams and branch inputs of one block at a time."""
-        return self._bytes((self.streams + 2) * self.block)
+        return self._bytes(rebuilt_width(num_streams=self.streams, block=self.block))
 
     @property
     def message_bytes(self) -> int:
         """One activation or gradient between stages: [s, b, n*C]."""
         return self._bytes(self.streams)
-
-    def _streams_kept(self, block: int) -> int:
-        """Peak of a rebuild in multiples of C; without what does not depend on the block."""
-        return self.streams * self._num_blocks(block) + (self.streams + 2) * block
-
-    def _num_blocks(self, block: int) -> int:
-        return -(-self.num_sublayers // block)
 
     def _bytes(self, width: int) -> int:
         return self.seq * self.micro_batch_size * self.hidden * self.element_bytes * width

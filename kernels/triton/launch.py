@@ -3,6 +3,7 @@
 Tensors are contiguous; of streams [..., n, C] and branch [..., C] only the sizes matter here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from mhc_megatron.kernels.triton.arguments import (
     vector_of,
 )
 from mhc_megatron.kernels.triton.compiled import CompiledKernels
+from mhc_megatron.kernels.triton.recompute import rebuild_fwd
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
 split_weight = CompiledKernels(forward.split_weight)
@@ -35,6 +37,10 @@ mix_bwd = CompiledKernels(mix_backward_kernel.mix_bwd)
 streams_bwd = CompiledKernels(streams_backward_kernel.streams_bwd)
 weight_bwd = CompiledKernels(weight_backward_kernel.weight_bwd)
 reduce_partials = CompiledKernels(weight_backward_kernel.reduce_partials)
+
+# Sublayers that one launch of rebuild_fwd walks through: its code is unrolled over them. A longer
+# block is cut, and the state read again at each cut.
+REBUILT_TOGETHER = 8
 
 
 def interleaves(shape: Shape, dtype: torch.dtype) -> bool:
@@ -154,6 +160,44 @@ def mix(
             num_warps=tile.num_warps,
         )
     return new_streams, u, raw, new_packed
+
+
+def rebuild(
+    streams: Tensor,
+    branches: Sequence[Tensor],
+    branch_biases: Sequence[Tensor | None],
+    packed: Sequence[Tensor],
+    new_streams: Sequence[Tensor],
+    branch_inputs: Sequence[Tensor],
+    *,
+    tile: Tile,
+) -> None:
+    """Fill ``new_streams`` and ``branch_inputs`` of a block; see ``kernels.rebuild``."""
+    shape = Shape.of(streams)
+    if not shape.num_tokens:
+        return
+    grid = (blocks(shape.num_tokens, tile.tokens), blocks(shape.channels, tile.channels))
+    for first in range(0, len(packed), REBUILT_TOGETHER):
+        cut = slice(first, first + REBUILT_TOGETHER)
+        biases = branch_biases[cut]
+        # Once per block, and with tuples of tensors: launched by Triton itself.
+        rebuild_fwd[grid](
+            streams if first == 0 else new_streams[first - 1],
+            tuple(branches[cut]),
+            tuple(biases),
+            tuple(packed[cut]),
+            tuple(new_streams[cut]),
+            tuple(branch_inputs[cut]),
+            shape.num_tokens,
+            C=shape.channels,
+            N=shape.num_streams,
+            READS=len(packed[cut]),
+            WRITES=len(branches[cut]),
+            BIASES=sum(1 << index for index, bias in enumerate(biases) if bias is not None),
+            BT=tile.tokens,
+            BC=tile.channels,
+            num_warps=tile.num_warps,
+        )
 
 
 def mix_backward(

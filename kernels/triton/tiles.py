@@ -26,6 +26,7 @@ class Tiles:
     Attributes:
         mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16.
         post: ``post_fwd``, post alone.
+        rebuild: ``rebuild_fwd``, the states of a block without its branches.
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
         streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
@@ -38,6 +39,7 @@ class Tiles:
 
     mix: Tile
     post: Tile
+    rebuild: Tile
     mix_backward: Tile
     streams_backward: Tile
     weight_backward: Tile
@@ -59,6 +61,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         return Tiles(
             mix=Tile(tokens=32, channels=32, num_warps=8, num_stages=1),
             post=Tile(tokens=16, channels=64, num_stages=1),
+            rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=32, num_stages=1),
             weight_backward=Tile(tokens=32, channels=64),
@@ -68,6 +71,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         return Tiles(
             mix=Tile(tokens=16, channels=32),
             post=Tile(tokens=16, channels=64, num_stages=1),
+            rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=32, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
@@ -78,6 +82,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         return Tiles(
             mix=Tile(tokens=16, channels=64, num_stages=5),
             post=Tile(tokens=16, channels=128, num_stages=1),
+            rebuild=Tile(tokens=16, channels=128, num_stages=1),
             mix_backward=Tile(tokens=32, channels=256),
             streams_backward=Tile(tokens=16, channels=128, num_stages=1),
             weight_backward=Tile(tokens=64, channels=64),
@@ -86,6 +91,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8, num_stages=4),
         post=Tile(tokens=16, channels=128, num_stages=1),
+        rebuild=Tile(tokens=16, channels=128, num_stages=1),
         mix_backward=Tile(tokens=16, channels=128),
         streams_backward=Tile(tokens=32, channels=64, num_warps=8),
         weight_backward=Tile(tokens=64, channels=64),

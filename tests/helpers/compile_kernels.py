@@ -22,14 +22,17 @@ from triton.compiler import ASTSource
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import launch
 from mhc_megatron.kernels.triton.arguments import Parameters
+from mhc_megatron.kernels.triton.compiled import CompiledKernels
 from mhc_megatron.kernels.triton.tiles import default_tiles
 
 SHARED_MEMORY = 227 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+REBUILT = 5  # states, and one more branch input: a block of six sublayers
 KERNELS = (
     "split_weight",
     "mix_fwd",
     "post_fwd",
+    "rebuild_fwd",
     "mix_bwd",
     "streams_bwd",
     "weight_bwd",
@@ -66,6 +69,13 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
         if isinstance(value, float):
             signature[name] = "fp32"
             continue
+        if isinstance(value, tuple):
+            signature[name] = tuple("constexpr" if v is None else TYPES[v.dtype] for v in value)
+            constants |= {(index, i): None for i, v in enumerate(value) if v is None}
+            attributes |= {
+                (index, i): [["tt.divisibility", 16]] for i, v in enumerate(value) if v is not None
+            }
+            continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(recorder.kernel, signature, constants, attributes)
@@ -90,8 +100,12 @@ def resources(cubin: bytes) -> str:
 
 
 def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) -> list[Recorder]:
-    """Every launch of post, and of pre, post_pre and single_pass with their backward."""
-    recorders = [Recorder(name, getattr(launch, name).kernel) for name in KERNELS]
+    """Every launch of post, a rebuild, and of pre, post_pre and single_pass with their backward."""
+    kernels = {name: getattr(launch, name) for name in KERNELS}
+    recorders = [
+        Recorder(name, kernel.kernel if isinstance(kernel, CompiledKernels) else kernel)
+        for name, kernel in kernels.items()
+    ]
     for recorder in recorders:
         setattr(launch, recorder.name, recorder)
     options = MappingOptions(projection=projection)
@@ -107,6 +121,10 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
         meta(num_logits, n * channels), meta(1), meta(1), alpha_res, meta(num_logits)
     )
     launch.post(streams, branch, None, packed, tile=tiles.post)
+    states, branches = [streams] * REBUILT, [branch] * REBUILT
+    biases = [None, meta(channels, dtype=dtype), *[None] * (REBUILT - 2)]
+    mixes, inputs = [packed] * (REBUILT + 1), [branch] * (REBUILT + 1)
+    launch.rebuild(streams, branches, biases, mixes, states, inputs, tile=tiles.rebuild)
     backward = {"tile": tiles.streams_backward, "terms": tiles.product_terms}
     launch.streams_backward(
         streams, streams, branch, None, packed, None, single_pass=False, **backward

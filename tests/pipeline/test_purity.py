@@ -6,6 +6,7 @@ import sys
 # All but the executor's modules, which a rank imports that has torch.
 PURE = (
     "actions",
+    "blocks",
     "boxes",
     "catalogue",
     "costs",
