@@ -13,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.chain import stream_recompute
 from mhc_megatron.pipeline.executor import ExecutionError, execute
 from mhc_megatron.pipeline.lower import Program, lower_rank
 from mhc_megatron.pipeline.schedule import Schedule
@@ -20,6 +21,7 @@ from mhc_megatron.pipeline.stage import AutogradStage
 from mhc_megatron.pipeline.stopwatch import Stopwatch
 from mhc_megatron.pipeline.transport import Message, Transport
 from mhc_megatron.pipeline.validate import validate
+from mhc_megatron.recompute import ForwardRecompute
 
 
 class ForwardBackward:
@@ -228,6 +230,8 @@ class _Step:
     def stage(self, stage: int, chunk: torch.nn.Module, data: Iterator[Any]) -> AutogradStage:
         """A chunk as a stage; micro-batches come in the order of ``data``."""
         is_last = stage == self._num_stages - 1
+        recompute = stream_recompute(chunk)
+        dropped: dict[int, ForwardRecompute] = {}
         taken = 0
 
         def forward(mb: int, x: Tensor | None) -> Tensor:
@@ -248,13 +252,19 @@ class _Step:
                 current_microbatch=mb,
                 is_last_stage=is_last,
             )
+            if recompute is not None and not self._forward_only:
+                dropped[mb] = recompute.take()
             if is_last:
                 self.num_tokens = self.num_tokens + num_tokens
                 if self._config.grad_scale_func is not None and not self._forward_only:
                     output = self._config.grad_scale_func(output)
             return output
 
-        return AutogradStage(forward, name=f"stage {stage}")
+        def rebuild(mb: int) -> None:
+            if mb in dropped:
+                dropped.pop(mb).rebuild()
+
+        return AutogradStage(forward, rebuild=rebuild, name=f"stage {stage}")
 
 
 def refuse_arguments(**given: bool) -> None:
