@@ -74,9 +74,7 @@ class StageSize:
     def kept_bytes(self) -> int:
         """The part of ``held_bytes`` that the recompute block decides."""
         return self._bytes(
-            kept_width(
-                num_sublayers=self.num_sublayers, num_streams=self.streams, block=self.block
-            )
+            kept_width(num_sublayers=self.num_sublayers, num_streams=self.streams, block=self.block)
         )
 
     @property

@@ -29,9 +29,7 @@ def pipeline_schedule(config: TrainConfig) -> Schedule:
     Where the hyper-connections rebuild what they dropped, that is an action of its own.
     """
     layout = config.parallel
-    schedule = generate(
-        layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches
-    )
+    schedule = generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
     rebuilds = config.model.residual == "mhc" and config.mhc.recompute != "none"
     return place_recompute(schedule) if rebuilds else schedule
 
