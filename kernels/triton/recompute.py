@@ -34,8 +34,9 @@ def rebuild_fwd(
 
     ``packed_ptrs`` and ``u_ptrs`` have READS entries; ``branch_ptrs``, ``branch_bias_ptrs`` and
     ``y_ptrs`` WRITES, which is as many or one less. BIASES has a bit for each branch with a bias;
-    of the others the entry is None. Given the coefficients no channel needs another, so the state never leaves the registers;
-    it is rounded to the streams' dtype between sublayers, as ``mix_fwd`` stores and reads it.
+    of the others the entry is None. Given the coefficients no channel needs another, so the state
+    never leaves the registers; it is rounded to the streams' dtype between sublayers, as
+    ``mix_fwd`` stores and reads it.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)

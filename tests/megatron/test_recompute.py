@@ -217,3 +217,26 @@ def test_sequence_parallelism_has_the_bits_of_no_recompute(
         single.errors(workers, config, tmp_path / name)
     [errors] = workers.run(layouts.differences, 1, str(tmp_path / "auto"), str(tmp_path / "none"))
     assert not any(errors.values()), errors
+
+
+def test_split_backward_of_the_kernels_has_the_bits_of_no_recompute(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    """States are dropped a second time between I and W, branch inputs stay for W."""
+    config = run_config(DENSE, {"pipeline": 2, "schedule": "zb_h1"}, global_batch_size=2)
+    model = dataclasses.replace(config.model, num_layers=4, seq_length=8)
+    folders = []
+    kernels = MHCConfig(backend="triton", num_streams=2, sinkhorn_iterations=2)
+    single = dataclasses.replace(run_config(DENSE, global_batch_size=2), model=model)
+    oracle = Oracle(
+        workers,
+        dataclasses.replace(single, mhc=dataclasses.replace(kernels, backend="reference")),
+        tmp_path / "single",
+    )
+    for name, policy in (("none", {}), ("stage", POLICIES["stage"]), ("block", POLICIES["block3"])):
+        folders.append(tmp_path / name)
+        mhc = dataclasses.replace(kernels, **policy)
+        oracle.errors(workers, dataclasses.replace(config, model=model, mhc=mhc), folders[-1])
+    for folder in folders[1:]:
+        [errors] = workers.run(layouts.differences, 1, str(folder), str(folders[0]))
+        assert not any(errors.values()), errors
