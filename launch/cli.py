@@ -73,6 +73,11 @@ COMMANDS = (
         module="mhc_megatron.launch.simulate",
     ),
     Command(
+        name="plan",
+        summary="activation memory of a recipe under every recompute policy, on paper",
+        module="mhc_megatron.launch.plan",
+    ),
+    Command(
         name="doctor",
         summary="say what this machine can run, and what is missing",
         module="mhc_megatron.launch.doctor",

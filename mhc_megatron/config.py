@@ -5,6 +5,8 @@ from math import factorial
 from typing import Literal, get_args
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.pipeline.blocks import PolicyName, RecomputePolicy
+from mhc_megatron.pipeline.errors import ScheduleError
 
 Projection = Literal["sinkhorn", "sinkhorn_v4", "permutation", "identity", "unconstrained"]
 Contraction = Literal["mean", "sum", "learned"]
@@ -34,6 +36,9 @@ class MHCConfig:
             ``learned`` (DeepSeek-V4's sigmoid head).
         backend: ``triton`` runs the fused kernels and raises where they cannot run, ``reference``
             plain torch; ``auto`` takes the kernels where they can run and logs what it took.
+        recompute, recompute_block: which sublayers' states are dropped after the forward and
+            rebuilt before the backward, as ``RecomputePolicy`` says. Gradients are the same bits.
+            The reference keeps float32 copies of half-precision streams that no policy drops.
 
     Raises:
         UserError: a value is out of range; the message names it.
@@ -47,6 +52,8 @@ class MHCConfig:
     sinkhorn_eps: float = 1e-6
     contraction: Contraction = "mean"
     backend: Backend = "auto"
+    recompute: PolicyName = "none"
+    recompute_block: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_streams < 1:
@@ -74,6 +81,15 @@ class MHCConfig:
         for name in ("rms_eps", "sinkhorn_eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be positive")
+        _ = self.recompute_policy
+
+    @property
+    def recompute_policy(self) -> RecomputePolicy:
+        """``recompute`` and ``recompute_block`` as one value."""
+        try:
+            return RecomputePolicy(name=self.recompute, block=self.recompute_block)
+        except ScheduleError as error:
+            raise UserError(str(error)) from None
 
     @property
     def num_res_logits(self) -> int:

@@ -48,11 +48,19 @@ class AutogradStage:
     Args:
         function: ``(micro-batch, input or None) -> output``; of the last stage a loss. Under
             ``no_grad`` nothing is kept.
+        rebuild: ``(micro-batch)``, runs what R asks for; None where the forward drops nothing
+            that can be rebuilt before the backward.
         name: for the log.
     """
 
-    def __init__(self, function: Callable[[int, Tensor | None], Tensor], *, name: str = "") -> None:
-        self._function, self._name = function, name
+    def __init__(
+        self,
+        function: Callable[[int, Tensor | None], Tensor],
+        *,
+        rebuild: Callable[[int], None] | None = None,
+        name: str = "",
+    ) -> None:
+        self._function, self._rebuild, self._name = function, rebuild, name
         self._graphs: dict[int, tuple[Tensor | None, GradientEdge, Tensor | None]] = {}
         self._deferred: dict[int, WeightGrads] = {}
         self.unsplit: str | None = None
@@ -90,7 +98,9 @@ class AutogradStage:
         self._deferred.pop(mb).finish()
 
     def recompute(self, mb: int) -> None:
-        """R: nothing; checkpointed parts of the graph run again in its backward."""
+        """R; what ``rebuild`` leaves, and checkpointed parts, run in the backward."""
+        if self._rebuild is not None:
+            self._rebuild(mb)
 
     @property
     def unfinished(self) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ _PURE = (
     "mhc_megatron.launch.local",
     "mhc_megatron.launch.machine",
     "mhc_megatron.launch.needs",
+    "mhc_megatron.launch.plan",
     "mhc_megatron.launch.simulate",
 )
 

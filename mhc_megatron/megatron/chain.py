@@ -7,25 +7,39 @@ memory once less. What the next layer's ``pre`` made travels beside the hidden s
 
 from typing import TYPE_CHECKING, Optional
 
+import torch
 from torch import Tensor
 
+from mhc_megatron.config import MHCConfig
 from mhc_megatron.hyper_connection import Mix
+from mhc_megatron.recompute import ForwardRecompute, StreamRecompute
 
 if TYPE_CHECKING:
     from mhc_megatron.megatron.layer import MHCTransformerLayer
 
 
 class LayerChain:
-    """The layers of one built block."""
+    """The layers of one built block.
 
-    def __init__(self) -> None:
+    Attributes:
+        recompute: what their forwards drop; None with ``recompute="none"``.
+    """
+
+    def __init__(self, recompute: StreamRecompute | None) -> None:
         self.layers: list[MHCTransformerLayer] = []
+        self.recompute = recompute
         self._handed: tuple[Tensor, Tensor, Mix] | None = None
 
     def after(self, layer: "MHCTransformerLayer") -> Optional["MHCTransformerLayer"]:
         """The next layer of the block; None for the last."""
         position = self.layers.index(layer) + 1
         return self.layers[position] if position < len(self.layers) else None
+
+    def forward_recompute(self, layer: "MHCTransformerLayer") -> ForwardRecompute | None:
+        """What drops the layer's states; None where there is no backward to rebuild them for."""
+        if self.recompute is None or not torch.is_grad_enabled():
+            return None
+        return self.recompute.begin() if layer is self.layers[0] else self.recompute.current
 
     def hand_over(self, streams: Tensor, branch_input: Tensor, mix: Mix) -> None:
         """Leave what the next layer's ``pre`` would make of exactly these streams."""
@@ -39,16 +53,39 @@ class LayerChain:
         return handed[1], handed[2]
 
 
-class ChainBuilder:
-    """In the params of a block's layer specs; every block built from them gets its own chain."""
+def stream_recompute(chunk: torch.nn.Module) -> StreamRecompute | None:
+    """The recompute of a model chunk; None with ``recompute="none"`` or the plain residual."""
+    for module in chunk.modules():
+        chain = getattr(module, "chain", None)
+        if isinstance(chain, LayerChain):
+            return chain.recompute
+    return None
 
-    def __init__(self) -> None:
-        self._chain = LayerChain()
+
+class ChainBuilder:
+    """In the params of a block's layer specs; every block built from them gets its own chain.
+
+    Args:
+        mhc: the hyper-connections' configuration.
+        num_layers: of the block.
+
+    Raises:
+        UserError: the recompute policy does not fit a block of so many layers.
+    """
+
+    def __init__(self, mhc: MHCConfig, *, num_layers: int) -> None:
+        self._mhc, self._num_layers = mhc, num_layers
+        self._chain = self._new_chain()
 
     def join(self, layer: "MHCTransformerLayer", position: int) -> LayerChain:
         """Called by every layer when it is built, with its place in the block."""
         if position == 0:
-            self._chain = LayerChain()
+            self._chain = self._new_chain()
         assert position == len(self._chain.layers), "a block builds its layers in order"
         self._chain.layers.append(layer)
         return self._chain
+
+    def _new_chain(self) -> LayerChain:
+        if self._mhc.recompute == "none":
+            return LayerChain(None)
+        return LayerChain(StreamRecompute(self._mhc, num_sublayers=2 * self._num_layers))

@@ -9,8 +9,10 @@ from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mhc_megatron.megatron.chain import stream_recompute
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stage import AutogradStage
+from mhc_megatron.recompute import ForwardRecompute
 
 
 class ChunkStages:
@@ -54,6 +56,8 @@ class ChunkStages:
         is_last = stage == self._num_stages - 1
         source = _Source(data)
         self._sources.append(source)
+        recompute = stream_recompute(chunk)
+        dropped: dict[int, ForwardRecompute] = {}
         first: int | None = None
 
         def forward(mb: int, x: Tensor | None) -> Tensor:
@@ -75,13 +79,19 @@ class ChunkStages:
                 current_microbatch=mb,
                 is_last_stage=is_last,
             )
+            if recompute is not None and not self._forward_only:
+                dropped[mb] = recompute.take()
             if is_last:
                 self.num_tokens = self.num_tokens + num_tokens
                 if self._config.grad_scale_func is not None and not self._forward_only:
                     output = self._config.grad_scale_func(output)
             return output
 
-        return AutogradStage(forward, name=f"stage {stage}")
+        def rebuild(mb: int) -> None:
+            if mb in dropped:
+                dropped.pop(mb).rebuild()
+
+        return AutogradStage(forward, rebuild=rebuild, name=f"stage {stage}")
 
     def skip_what_others_took(self) -> None:
         """Leave every chunk's data at the next step's first micro-batch."""

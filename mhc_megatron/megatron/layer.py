@@ -15,7 +15,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.hyper_connection import HyperConnection
 from mhc_megatron.megatron.chain import ChainBuilder
 from mhc_megatron.megatron.norm import tag_sequence_parallel
-from mhc_megatron.megatron.unsupported import reject_unsupported
+from mhc_megatron.megatron.unsupported import reject_unsupported, reject_unsupported_recompute
 from mhc_megatron.streams import expand_streams
 
 # What Megatron's blocks pass to a layer for its attention.
@@ -60,6 +60,7 @@ class MHCTransformerLayer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         reject_unsupported(config, submodules)
+        reject_unsupported_recompute(config, mhc)
         super().__init__(config, submodules, *args, **kwargs)
         self.mhc = mhc
         self.expand_input = expand_input
@@ -72,7 +73,8 @@ class MHCTransformerLayer(TransformerLayer):
         )
         tag_sequence_parallel(self.self_attention_hyper_connection, config)
         tag_sequence_parallel(self.mlp_hyper_connection, config)
-        self._chain = (chain or ChainBuilder()).join(self, position)
+        self.chain = (chain or ChainBuilder(mhc, num_layers=1)).join(self, position)
+        self._first_in_block = 2 * position
         # A checkpointed layer returns its outputs alone.
         self._hands_over = config.recompute_granularity != "full"
 
@@ -109,30 +111,60 @@ class MHCTransformerLayer(TransformerLayer):
             streams = expand_streams(hidden_states, self.mhc.num_streams)
 
         attention, mlp = self.self_attention_hyper_connection, self.mlp_hyper_connection
-        branch_input, mix = self._chain.take(hidden_states) or attention.pre(streams)
+        recompute, sublayer = self.chain.forward_recompute(self), self._first_in_block
+        branch_input, mix = self.chain.take(hidden_states) or attention.pre(streams)
+        normed = _single(self.input_layernorm(branch_input), "input_layernorm")
         output, bias = self.self_attention(
-            _single(self.input_layernorm(branch_input), "input_layernorm"),
+            normed,
             attention_mask=attention_mask,
             **{name: attention_arguments.get(name) for name in _ATTENTION_ARGUMENTS},
         )
+        if recompute is not None:
+            recompute.branch_done(
+                sublayer,
+                streams=streams,
+                branch_input=branch_input,
+                normed=normed,
+                norm=self.input_layernorm,
+                output=output,
+                bias=bias,
+                mix=mix,
+            )
+        before = streams
         streams, branch_input, mix = attention.post_pre(streams, output, mix, mlp, branch_bias=bias)
+        if recompute is not None:
+            recompute.streams_done(sublayer, streams=before, new_streams=streams)
 
-        output, bias = self.mlp(
-            _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm"),
-            padding_mask=padding_mask,
-        )
-        following = self._chain.after(self) if self._hands_over else None
+        sublayer += 1
+        normed = _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm")
+        output, bias = self.mlp(normed, padding_mask=padding_mask)
+        if recompute is not None:
+            recompute.branch_done(
+                sublayer,
+                streams=streams,
+                branch_input=branch_input,
+                normed=normed,
+                norm=self.pre_mlp_layernorm,
+                output=output,
+                bias=bias,
+                mix=mix,
+            )
+        before = streams
+        following = self.chain.after(self) if self._hands_over else None
         if following is None:
-            return _viewless(mlp.post(streams, output, mix, branch_bias=bias)), context
-        streams, branch_input, mix = mlp.post_pre(
-            streams,
-            output,
-            mix,
-            following.self_attention_hyper_connection,
-            branch_bias=bias,
-        )
-        streams = _viewless(streams)
-        self._chain.hand_over(streams, branch_input, mix)
+            streams = _viewless(mlp.post(streams, output, mix, branch_bias=bias))
+        else:
+            streams, branch_input, mix = mlp.post_pre(
+                streams,
+                output,
+                mix,
+                following.self_attention_hyper_connection,
+                branch_bias=bias,
+            )
+            streams = _viewless(streams)
+            self.chain.hand_over(streams, branch_input, mix)
+        if recompute is not None:
+            recompute.streams_done(sublayer, streams=before, new_streams=streams)
         return streams, context
 
 

@@ -43,7 +43,8 @@ def with_hyper_connections(
         A new spec; the argument is unchanged.
 
     Raises:
-        UserError: a stage without a decoder layer, or a layer that is not a ``TransformerLayer``.
+        UserError: a stage without a decoder layer, a layer that is not a ``TransformerLayer``, or
+            fewer sublayers in the stage than in a recompute block.
     """
     require_supported_core()
     if not block.layer_specs:
@@ -51,7 +52,7 @@ def with_hyper_connections(
             "a pipeline stage without decoder layers would pass [s, b, C] where its neighbours "
             "pass n streams; give every (virtual) stage at least one layer"
         )
-    chain = ChainBuilder()
+    chain = ChainBuilder(mhc, num_layers=len(block.layer_specs))
     return dataclasses.replace(
         block,
         layer_specs=[

@@ -4,6 +4,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.compat import require_transformer_engine_where_core_does
 
@@ -89,3 +90,45 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         "its schedule drives the stock layer's private steps",
         "set it to False",
     )
+
+
+def reject_unsupported_recompute(config: TransformerConfig, mhc: MHCConfig) -> None:
+    """Raise a UserError for the first option that breaks the hyper-connections' own recompute.
+
+    Args:
+        config: the model's configuration.
+        mhc: its ``recompute`` is the policy; with ``none`` there is nothing to break.
+    """
+    if mhc.recompute == "none":
+        return
+    for condition, option, reason, remedy in (
+        (
+            config.recompute_granularity == "full",
+            "recompute_granularity='full'",
+            "it re-runs whole layers, hyper-connections included",
+            "set recompute='none', or recompute_granularity='selective'",
+        ),
+        (
+            config.cpu_offloading,
+            "cpu_offloading=True",
+            "it copies states that are dropped meanwhile",
+            "set it to False, or recompute='none'",
+        ),
+        (
+            config.fine_grained_activation_offloading,
+            "fine_grained_activation_offloading=True",
+            "it copies branch inputs that are dropped meanwhile",
+            "set it to False, or recompute='none'",
+        ),
+        (
+            config.enable_autocast,
+            "enable_autocast=True",
+            "norms would be run again outside autocast, in another dtype",
+            "set it to False, or recompute='none'",
+        ),
+    ):
+        if condition:
+            raise UserError(
+                f"{option} does not combine with recompute={mhc.recompute!r} of the "
+                f"hyper-connections: {reason}; {remedy}"
+            )

@@ -72,7 +72,7 @@ def format_simulation(timeline: Timeline) -> str:
         left_out = len(rows) - 1 - _HEAD - _TAIL
         gap = (f"... {left_out:,} more", *("",) * (len(_HEADER) - 1))
         rows = [*rows[: _HEAD + 1], gap, *rows[-_TAIL:]]
-    return "\n".join([*lines, "", *_columns(rows)])
+    return "\n".join([*lines, "", *columns(rows)])
 
 
 def simulation_page(timeline: Timeline, svg: str) -> str:
@@ -122,7 +122,8 @@ def _stages(stages: tuple[int, ...]) -> str:
     return ",".join(map(str, stages)) if len(stages) <= 3 else f"{stages[0]},..,{stages[-1]}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for a terminal, the header first; two columns of names, then numbers."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -25,6 +25,8 @@ _MANIFEST, _CONFIG = "manifest.json", "train_config.json"
 _PARTIAL = ".partial-"
 # Sections that define the function being trained and the data order; the layout may change.
 _FIXED = ("model", "mhc", "data", "seed", "global_batch_size", "steps", "dtype")
+# These change memory and time, and no number.
+_FREE = ("mhc.recompute", "mhc.recompute_block")
 
 
 def _name(step: int) -> str:
@@ -129,7 +131,7 @@ def verify(path: Path, config: TrainConfig) -> int:
             else [(section, old, new)]
         )
         for key, before, now in pairs:
-            if before != now:
+            if before != now and key not in _FREE:
                 raise UserError(
                     f"checkpoint {path} was saved with {key}={before!r}, this run has {now!r}; "
                     f"set {key}={before} or use another out folder"

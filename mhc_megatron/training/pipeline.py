@@ -23,6 +23,7 @@ from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.distributed import DistributedTransport
 from mhc_megatron.pipeline.measure import Spans
+from mhc_megatron.pipeline.recompute import place_recompute
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stopwatch import stopwatch
 from mhc_megatron.training.config import TrainConfig
@@ -31,9 +32,14 @@ ForwardBackwardFunction = Callable[..., list[Any]]
 
 
 def pipeline_schedule(config: TrainConfig) -> Schedule:
-    """The schedule of a run whose ``parallel.schedule`` is not ``megatron``."""
+    """The schedule of a run whose ``parallel.schedule`` is not ``megatron``.
+
+    Where the hyper-connections rebuild what they dropped, that is an action of its own.
+    """
     layout = config.parallel
-    return generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
+    schedule = generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
+    rebuilds = config.model.residual == "mhc" and config.mhc.recompute != "none"
+    return place_recompute(schedule) if rebuilds else schedule
 
 
 def data_rank(config: TrainConfig) -> int:

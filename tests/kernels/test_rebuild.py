@@ -121,8 +121,8 @@ def test_wrong_arguments(device: torch.device) -> None:
     with pytest.raises(ValueError, match="streams: they are of 2 sublayers, the mixes of 3"):
         kernels.rebuild(states[0], branches, mixes, out=Rebuilt(states[1:2], inputs))
     transposed = [state.transpose(0, 1).contiguous().transpose(0, 1) for state in states[1:]]
-    with pytest.raises(ValueError, match=r"out\.streams: expected contiguous torch.float32"):
+    with pytest.raises(ValueError, match=r"out\.streams: expected contiguous torch\.float32"):
         kernels.rebuild(states[0], branches, mixes, out=Rebuilt(transposed, inputs))
-    with pytest.raises(ValueError, match=r"out\.branch_inputs: expected contiguous torch.float32"):
+    with pytest.raises(ValueError, match=r"out\.branch_inputs: expected contiguous torch\.float32"):
         narrow = [u.half() for u in inputs]
         kernels.rebuild(states[0], branches, mixes, out=Rebuilt(states[1:], narrow))

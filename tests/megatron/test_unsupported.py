@@ -65,6 +65,36 @@ def test_option_is_refused(options: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recompute_granularity": "full"}, "recompute_granularity='full' .* recompute='none'"),
+        ({"cpu_offloading": True}, "cpu_offloading=True .* set it to False"),
+        (
+            {"fine_grained_activation_offloading": True, "offload_modules": ["qkv_linear"]},
+            "fine_grained_activation_offloading=True .* recompute='none'",
+        ),
+        ({"enable_autocast": True}, "enable_autocast=True .* outside autocast"),
+    ],
+)
+def test_option_is_refused_with_recompute(options: dict[str, Any], message: str) -> None:
+    submodules = get_gpt_layer_local_spec().submodules
+    with pytest.raises(UserError, match=message) as caught:
+        MHCTransformerLayer(
+            megatron_config(**options), submodules, mhc=MHCConfig(recompute="stage")
+        )
+    assert "of the hyper-connections" in str(caught.value)
+
+
+def test_a_stage_shorter_than_a_recompute_block_is_refused() -> None:
+    block = TransformerBlockSubmodules(
+        layer_specs=[get_gpt_layer_local_spec()] * 2, layer_norm=IdentityOp
+    )
+    mhc = MHCConfig(recompute="block", recompute_block=5)
+    with pytest.raises(UserError, match="recompute_block=5 is above the 4 sublayers of a stage"):
+        with_hyper_connections(block, mhc, holds_first_layer=True)
+
+
 def test_cross_attention_is_refused() -> None:
     submodules = dataclasses.replace(
         get_gpt_layer_local_spec().submodules, cross_attention=ModuleSpec(module=torch.nn.Linear)

@@ -13,6 +13,7 @@ from mhc_megatron.pipeline.lower import lower_rank
 from mhc_megatron.pipeline.recompute import place_recompute
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.simulate import simulate
+from mhc_megatron.pipeline.stage import AutogradStage
 
 NAMES = ["gpipe", "one_f_one_b", "interleaved", "zb_h1", "dualpipe_v"]
 
@@ -139,3 +140,25 @@ def test_a_message_that_does_not_come_is_named() -> None:
 
     with pytest.raises(ExecutionError, match=r"rank 1 failed at recv 0F0 from 0: .*within 0.2 s"):
         run_ranks(rank, 2, timeout=0.2)
+
+
+def test_a_rebuild_runs_at_its_place_in_the_schedule() -> None:
+    """R of every micro-batch once, before its backward has the gradient."""
+    calls: list[str] = []
+    leaf = torch.ones(1, requires_grad=True)
+
+    def forward(mb: int, x: torch.Tensor | None) -> torch.Tensor:
+        calls.append(f"F{mb}")
+        loss = leaf * (mb + 1)
+        loss.register_hook(lambda gradient: calls.append(f"B{mb}"))
+        return loss
+
+    stage = AutogradStage(forward, rebuild=lambda mb: calls.append(f"R{mb}"))
+    schedule = place_recompute(generate("one_f_one_b", num_ranks=1, num_mb=2))
+    run_ranks(
+        lambda transport: execute(
+            lower_rank(schedule, 0), {0: stage}, transport, num_stages=1, message=stages.message()
+        ),
+        1,
+    )
+    assert calls == ["F0", "R0", "B0", "F1", "R1", "B1"]

@@ -1,0 +1,193 @@
+"""``mhc-megatron plan``: what a recipe will need, before it runs.
+
+The modules behind it are imported when it is asked for.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from mhc_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from mhc_megatron.pipeline.memory import StageSize
+    from mhc_megatron.pipeline.schedule import Schedule
+    from mhc_megatron.training.config import TrainConfig
+
+_DESCRIPTION = """\
+The activations of a recipe under every recompute policy of its hyper-connections: what a
+micro-batch keeps in a stage, what the rebuild of a block adds, and the peak of a rank under the
+recipe's schedule. Nothing is run.
+
+Counted are the streams, the branches' inputs and outputs, and for what the branches keep
+--branch-width times C per branch. Embedding, loss and what a backward allocates are not.
+"""
+
+_EPILOG = """\
+examples:
+  mhc-megatron plan memory --recipe gpt-100m
+  mhc-megatron plan memory --recipe stdlib-small-pp --set model.num_layers=32 mhc.recompute=auto
+"""
+
+_HEADER = ("policy", "block", "blocks", "kept", "rebuilt", "one micro-batch", "peak of a rank")
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Plan(NamedTuple):
+    """A policy's bytes.
+
+    Attributes:
+        policy: its name; ``*`` behind the recipe's own.
+        size: of a stage.
+        peaks: of every rank, branches included.
+    """
+
+    policy: str
+    size: "StageSize"
+    peaks: list[int]
+
+    @property
+    def one(self) -> int:
+        """Peak of a micro-batch that is alone in its stage, without the branches: the formula."""
+        return self.size.kept_bytes + self.size.rebuilt_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mhc-megatron plan``."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", choices=["memory"], help="what to plan")
+    parser.add_argument(
+        "--recipe",
+        default="stdlib-small",
+        help="a recipe or package.module:function (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="override fields, for example --set model.num_layers=32 mhc.recompute=auto",
+    )
+    parser.add_argument(
+        "--branch-width",
+        type=int,
+        default=6,
+        metavar="W",
+        help="what a branch keeps for its own backward, in multiples of C (default: %(default)s, "
+        "a dense layer with flash attention)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns the exit status.
+
+    Raises:
+        UserError: the recipe or the arguments have to change.
+    """
+    from mhc_megatron.pipeline.errors import ScheduleError
+    from mhc_megatron.training.overrides import apply_overrides
+    from mhc_megatron.training.recipes import load_recipe
+
+    config = apply_overrides(load_recipe(args.recipe), args.overrides)
+    if config.model.residual != "mhc":
+        raise UserError(
+            f"model.residual={config.model.residual!r} has no streams to recompute; "
+            "set model.residual=mhc"
+        )
+    try:
+        schedule = _schedule(config)
+        plans = list(_plans(config, schedule, args.branch_width))
+    except ScheduleError as error:
+        raise UserError(str(error)) from error
+    print("\n".join(_lines(config, schedule, plans)))
+    return 0
+
+
+def _schedule(config: "TrainConfig") -> "Schedule":
+    """The recipe's schedule; Megatron's own is 1F1B or interleaved."""
+    from mhc_megatron.pipeline.catalogue import generate
+
+    layout = config.parallel
+    name, chunks = str(layout.schedule), None
+    if name == "megatron":
+        name = "interleaved" if layout.virtual > 1 else "one_f_one_b"
+        chunks = layout.virtual if layout.virtual > 1 else None
+    return generate(
+        name, num_ranks=layout.pipeline, num_mb=config.num_micro_batches, num_chunks=chunks
+    )
+
+
+def _plans(config: "TrainConfig", schedule: "Schedule", branch_width: int) -> Iterator[Plan]:
+    """Every policy: blocks of each power of two, and the recipe's own where it is none of them."""
+    from mhc_megatron.pipeline.blocks import RecomputePolicy
+    from mhc_megatron.pipeline.costs import Costs, StageCosts
+    from mhc_megatron.pipeline.memory import StageSize
+    from mhc_megatron.pipeline.simulate import simulate
+
+    layout = config.parallel
+    own = config.mhc.recompute_policy
+    sublayers = 2 * config.model.num_layers // schedule.num_stages
+    blocks = {1 << power for power in range(sublayers.bit_length()) if 1 << power <= sublayers}
+    if own.block is not None:
+        blocks.add(own.block)
+    policies = [
+        RecomputePolicy(),
+        *(RecomputePolicy(name="block", block=block) for block in sorted(blocks)),
+        RecomputePolicy(name="auto"),
+        RecomputePolicy(name="stage"),
+    ]
+    for policy in policies:
+        size = StageSize(
+            hidden=config.model.hidden_size,
+            seq=config.model.seq_length
+            // (layout.context * (layout.tensor if layout.sequence else 1)),
+            micro_batch_size=config.micro_batch_size,
+            num_layers=sublayers // 2,
+            streams=config.mhc.num_streams,
+            recompute_block=policy.block_of(
+                num_sublayers=sublayers, num_streams=config.mhc.num_streams
+            ),
+            branch_width=branch_width,
+            element_bytes=_ELEMENT_BYTES[config.dtype],
+        )
+        stage = StageCosts(held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes)
+        peaks = simulate(schedule, Costs(default=stage)).peak_bytes.tolist()
+        yield Plan(policy.name + ("*" if policy == own else ""), size, peaks)
+
+
+def _lines(config: "TrainConfig", schedule: "Schedule", plans: list[Plan]) -> Iterator[str]:
+    from mhc_megatron.report.simulation import bytes_text, columns
+
+    size = plans[0].size
+    yield (
+        f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_stages} stages of "
+        f"{size.num_sublayers} sublayers, {schedule.num_mb} micro-batches; n={size.streams}, "
+        f"C={size.hidden}, {size.seq * size.micro_batch_size:,} tokens, {config.dtype}"
+    )
+    yield ""
+    rows = [
+        (
+            plan.policy,
+            str(plan.size.block or "-"),
+            str(-(-plan.size.num_sublayers // plan.size.block) if plan.size.block else "-"),
+            bytes_text(plan.size.kept_bytes),
+            bytes_text(plan.size.rebuilt_bytes),
+            bytes_text(plan.one),
+            bytes_text(max(plan.peaks)),
+        )
+        for plan in plans
+    ]
+    yield from columns([_HEADER, *rows])
+    yield ""
+    own = next(plan for plan in plans if plan.policy.endswith("*"))
+    peaks = ", ".join(map(bytes_text, own.peaks))
+    yield f"* the recipe's; peak activations by rank: {peaks}"
+    lowest = min(plans, key=lambda plan: (max(plan.peaks), plan.size.block))
+    yield (
+        f"lowest peak under this schedule: {lowest.policy.rstrip('*')}"
+        + (f", block {lowest.size.block}" if lowest.size.block else "")
+        + "; auto is the best of a micro-batch alone in its stage"
+    )

@@ -1,0 +1,72 @@
+"""``mhc-megatron plan memory`` from a recipe to its table."""
+
+import pytest
+
+from mhc_megatron.launch import cli
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["plan", "memory", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """One stage of 60 sublayers: the paper's shapes, where a block of 6 keeps 76 C instead of 360.
+
+    One C of 4096 tokens and 2560 channels in bf16 is 20 MiB.
+    """
+    sizes = ["model.hidden_size=2560", "model.num_layers=30", "model.seq_length=4096"]
+    sizes += [
+        "model.num_attention_heads=20",
+        "micro_batch_size=1",
+        "global_batch_size=1",
+        "mhc.recompute=auto",
+    ]
+    text = plan(capsys, "--recipe", "gpt-100m", "--branch-width", "1", "--set", *sizes)
+    lines = text.splitlines()
+    assert lines[0] == (
+        "one_f_one_b: 1 ranks, 1 stages of 60 sublayers, 1 micro-batches; n=4, C=2560, "
+        "4,096 tokens, bf16"
+    )
+    rows = {tuple(line.split()[:2]): line.split("  ") for line in lines[2:] if line}
+    cells = {name: [cell.strip() for cell in row if cell][-3:] for name, row in rows.items()}
+    # Kept of the rank besides: a branch's output, and what the branch itself keeps, 2 C of 60.
+    assert cells["none", "-"] == ["-", _gib(360), _gib(360 + 120)]
+    assert cells["block", "4"] == ["480.00 MiB", _gib(60 + 24), _gib(60 + 24 + 120)]
+    assert cells["auto*", "6"] == ["720.00 MiB", _gib(40 + 36), _gib(40 + 36 + 120)]
+    assert cells["stage", "60"] == [_gib(360), _gib(4 + 360), _gib(4 + 360 + 120)]
+    assert lines[-2] == f"* the recipe's; peak activations by rank: {_gib(40 + 36 + 120)}"
+    assert lines[-1].startswith("lowest peak under this schedule: auto, block 6;")
+
+
+def _gib(width: int) -> str:
+    return f"{width * 20 / 1024:.2f} GiB"
+
+
+def test_peak_under_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(
+        capsys,
+        "--recipe",
+        "stdlib-small-dualpipe-v",
+        "--set",
+        "mhc.recompute=block",
+        "mhc.recompute_block=2",
+    )
+    assert text.startswith("dualpipe_v: 2 ranks, 4 stages of 2 sublayers, 8 micro-batches; n=4")
+    assert "block*" in text and "peak activations by rank: " in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.residual=plain"], "model.residual='plain' has no streams to recompute"),
+        (
+            ["mhc.recompute=block", "mhc.recompute_block=9"],
+            "recompute_block=9 is above the 8 sublayers of a stage",
+        ),
+        (["mhc.recompute=best"], "mhc.recompute=best is not one of none, block, auto, stage"),
+    ],
+)
+def test_refusals(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "memory", "--set", *overrides]) == 2
+    assert message in capsys.readouterr().err

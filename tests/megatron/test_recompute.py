@@ -1,0 +1,242 @@
+"""Recompute policies: the bits of every gradient, what is dropped and rebuilt, and when."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import layouts
+from helpers.oracle import DENSE, EXACT, MODELS, Oracle, check, run_config
+from helpers.pool import WorkerPool
+from megatron.core import __version__ as core_version
+from megatron.core.models.gpt import GPTModel
+from packaging.version import Version
+
+from mhc_megatron import recompute
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+from mhc_megatron.launch.environment import World
+from mhc_megatron.megatron.chain import stream_recompute
+from mhc_megatron.megatron.spec import gpt_block_spec
+from mhc_megatron.training.config import ModelConfig, TrainConfig
+from mhc_megatron.training.model import transformer_config
+from mhc_megatron.training.runtime import distributed_runtime
+
+LAYERS = 3
+POLICIES: dict[str, dict[str, Any]] = {
+    "block1": {"recompute": "block", "recompute_block": 1},
+    "block2": {"recompute": "block", "recompute_block": 2},
+    "block3": {"recompute": "block", "recompute_block": 3},  # ends inside a layer
+    "block4": {"recompute": "block", "recompute_block": 4},  # the last block is shorter
+    "auto": {"recompute": "auto"},
+    "stage": {"recompute": "stage"},
+}
+
+
+def run_small(mhc: MHCConfig, **options: Any) -> TrainConfig:
+    model = ModelConfig(
+        num_layers=LAYERS, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, seq_length=8
+    )
+    return TrainConfig(model=model, mhc=mhc, micro_batch_size=1, global_batch_size=1, **options)
+
+
+def build(config: TrainConfig) -> GPTModel:
+    megatron_config = transformer_config(config)
+    model = GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=gpt_block_spec(
+            megatron_config, config.mhc, use_transformer_engine=False
+        ),
+        vocab_size=128,
+        max_sequence_length=8,
+        position_embedding_type="rope",
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return model
+
+
+def losses_of(model: GPTModel, index: int) -> torch.Tensor:
+    sample = layouts.sample(index, 8)
+    return model(sample["tokens"], sample["position_ids"], None, labels=sample["labels"])
+
+
+class Memory:
+    """Watches every tensor that a forward drops."""
+
+    def __init__(self) -> None:
+        self.dropped: list[recompute._Dropped] = []
+        watched = self.dropped
+        initialise = recompute._Dropped.__init__
+
+        def watching(self: recompute._Dropped, tensor: torch.Tensor) -> None:
+            initialise(self, tensor)
+            watched.append(self)
+
+        self.undo = lambda: setattr(recompute._Dropped, "__init__", initialise)
+        recompute._Dropped.__init__ = watching  # type: ignore[method-assign]
+
+    def sizes(self) -> list[int]:
+        return [dropped.alias.untyped_storage().nbytes() for dropped in self.dropped]
+
+
+def policies_in_one_process(
+    rank: int, world_size: int, backend: str, names: list[str]
+) -> dict[str, tuple]:
+    """Per policy: losses and gradients of two micro-batches in flight, and what was dropped."""
+    results = {}
+    base = MHCConfig(backend=backend, sinkhorn_iterations=3)  # type: ignore[arg-type]
+    for name in names:
+        mhc = dataclasses.replace(base, **POLICIES.get(name, {}))
+        config = run_small(mhc)
+        with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+            model, memory = build(config), Memory()
+            try:
+                losses = [losses_of(model, index) for index in range(2)]
+                before = memory.sizes()
+                handle = None if mhc.recompute == "none" else stream_recompute(model)
+                if handle is not None:
+                    handle.take().rebuild()  # of the second: by hand, before its backward
+                by_hand = memory.sizes()
+                for loss in losses:
+                    loss.sum().backward()
+            finally:
+                memory.undo()
+            gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
+            results[name] = ([x.detach() for x in losses], gradients, before, by_hand)
+    return results
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_same_bits_and_what_is_dropped(backend: str, workers: WorkerPool) -> None:
+    names = ["none", *POLICIES] if backend == "reference" else ["none", "block3", "stage"]
+    [results] = workers.run(policies_in_one_process, 1, backend, names)
+    losses, gradients, before, _ = results.pop("none")
+    assert not before
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    sublayers = 2 * LAYERS
+    blocks = {"block1": 6, "block2": 3, "block3": 2, "block4": 2, "auto": 3, "stage": 1}
+    last = {"block1": 1, "block2": 2, "block3": 3, "block4": 2, "auto": 2, "stage": 6}
+    for name, (same_losses, same_gradients, dropped, by_hand) in results.items():
+        assert all(map(torch.equal, losses, same_losses)), name
+        for key, gradient in gradients.items():
+            assert torch.equal(gradient, same_gradients[key]), (name, key)
+        # Per micro-batch u and its normalised form of each sublayer, and all states but the first.
+        assert dropped == [0] * (2 * (2 * sublayers + sublayers - blocks[name])), name
+        rebuilt = sum(size > 0 for size in by_hand)
+        assert rebuilt == 2 * last[name] + last[name] - 1, name
+
+
+def spoiled(rank: int, world_size: int) -> tuple[bool, str, str]:
+    """Mutation: one coefficient of a rebuild is wrong. And two uses that cannot work."""
+    config = run_small(MHCConfig(backend="reference", recompute="stage"))
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        model = build(config)
+        found = []
+        for spoil in (False, True):
+            model.zero_grad()
+            loss = losses_of(model, 0)
+            handle = stream_recompute(model)
+            assert handle is not None
+            if spoil:
+                block = handle.current._block
+                assert block is not None
+                block._mixes[1].res.mul_(1.5)
+            loss.sum().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        differs = any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+        # The decoder alone: Megatron's cross entropy works in place and has one backward only.
+        hidden = torch.randn(8, 1, 16, requires_grad=True)
+        out = model.decoder(hidden, None, rotary_pos_emb=model.rotary_pos_emb(8)).sum()
+        out.backward(retain_graph=True)
+        with pytest.raises(UserError) as twice:
+            out.backward()
+        model.decoder.layers[0].register_forward_hook(
+            lambda module, args, output: (output[0].clone(), output[1])
+        )
+        with pytest.raises(UserError) as replaced:
+            losses_of(model, 0)
+        return differs, str(twice.value), str(replaced.value)
+
+
+def test_mutation_and_misuse(workers: WorkerPool) -> None:
+    [(differs, twice, replaced)] = workers.run(spoiled, 1)
+    assert differs
+    assert twice.startswith("a second backward through hyper-connections whose states are dropped")
+    assert replaced.startswith("hidden states were replaced between two layers")
+
+
+# name: (model, layout, what else)
+LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "core_attn": ("dense", {}, {"recompute": "core_attn"}),
+    "pp2": ("dense", {"pipeline": 2}, {}),
+    "pp4_vpp2": ("dense", {"pipeline": 4, "virtual": 2}, {}),
+    "pp2_zb_h1": ("dense", {"pipeline": 2, "schedule": "zb_h1"}, {}),
+    "pp2_dualpipe_v": ("dense", {"pipeline": 2, "schedule": "dualpipe_v"}, {}),
+    "mtp": ("mtp", {}, {}),
+}
+if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
+    LAYOUTS["moe"] = ("moe", {}, {})
+    LAYOUTS["moe_pp2_dualpipe_v"] = ("moe", {"pipeline": 2, "schedule": "dualpipe_v"}, {})
+
+
+@pytest.fixture(scope="module")
+def oracles() -> dict[str, Oracle]:
+    return {}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_no_recompute_in_a_single_process(
+    name: str,
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    model, layout, options = LAYOUTS[name]
+    if model not in oracles:
+        folder = tmp_path_factory.mktemp(model)
+        oracles[model] = Oracle(workers, run_config(MODELS[model]), folder)
+    mhc = MHCConfig(recompute="auto")
+    config = run_config(MODELS[model], layout, mhc=mhc, **options)
+    losses, errors = oracles[model].errors(workers, config, tmp_path / "g")
+    check(losses, errors, EXACT, loss_tolerance=0.0)
+
+
+def test_sequence_parallelism_has_the_bits_of_no_recompute(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    """Against the same layout: tensor parallelism sums in another order than one process."""
+    layout = {"tensor": 2, "sequence": True, "pipeline": 2}
+    single = Oracle(workers, run_config(DENSE), tmp_path / "single")
+    for name, policy in (("none", {}), ("auto", POLICIES["auto"])):
+        config = run_config(DENSE, layout, mhc=MHCConfig(**policy))
+        single.errors(workers, config, tmp_path / name)
+    [errors] = workers.run(layouts.differences, 1, str(tmp_path / "auto"), str(tmp_path / "none"))
+    assert not any(errors.values()), errors
+
+
+def test_split_backward_of_the_kernels_has_the_bits_of_no_recompute(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    """States are dropped a second time between I and W, branch inputs stay for W."""
+    config = run_config(DENSE, {"pipeline": 2, "schedule": "zb_h1"}, global_batch_size=2)
+    model = dataclasses.replace(config.model, num_layers=4, seq_length=8)
+    folders = []
+    kernels = MHCConfig(backend="triton", num_streams=2, sinkhorn_iterations=2)
+    single = dataclasses.replace(run_config(DENSE, global_batch_size=2), model=model)
+    oracle = Oracle(
+        workers,
+        dataclasses.replace(single, mhc=dataclasses.replace(kernels, backend="reference")),
+        tmp_path / "single",
+    )
+    for name, policy in (("none", {}), ("stage", POLICIES["stage"]), ("block", POLICIES["block3"])):
+        folders.append(tmp_path / name)
+        mhc = dataclasses.replace(kernels, **policy)
+        oracle.errors(workers, dataclasses.replace(config, model=model, mhc=mhc), folders[-1])
+    for folder in folders[1:]:
+        [errors] = workers.run(layouts.differences, 1, str(folder), str(folders[0]))
+        assert not any(errors.values()), errors
