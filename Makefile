@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test lint typecheck clean
+.PHONY: help install train test test-gpu test-slurm lint typecheck clean
 
 # python3 if the project supports it, else the newest supported one.
 ifndef PYTHON
@@ -32,6 +32,8 @@ say = @printf '\n==> %s\n'
 help:
 	@echo 'make train      train a small GPT with hyper-connections on Python'"'"'s own sources'
 	@echo 'make test       check style and types, run all tests on two versions of megatron-core'
+	@echo 'make test-gpu   the tests that need a GPU and Transformer Engine, which fail without'
+	@echo 'make test-slurm trains on two SLURM nodes of this machine; needs slurm-wlm and munge, and root'
 	@echo 'make install    only set up the virtual environment .venv, which the others do as well'
 	@echo 'make lint       check style; make typecheck: check types'
 	@echo 'make clean      remove .venv and all caches, but not runs/'
@@ -49,8 +51,17 @@ test: lint typecheck $(OTHER_CORE)
 	$(say) 'All tests, with the installed megatron-core'
 	@$(PYTEST)
 	$(say) "The tests of $(CORE_TESTS) again, with $$(basename $$(cat $(OTHER_CORE)))"
-	@PYTHONPATH=$$(cat $(OTHER_CORE)) $(PYTEST) $(CORE_TESTS)
+	@PYTHONPATH=$$(cat $(OTHER_CORE)) $(PYTEST) -m 'not one_core' $(CORE_TESTS)
 	$(say) 'All tests passed'
+
+# Transformer Engine is the user's to install, for his CUDA: .venv/bin/pip install -e '.[te]'
+test-gpu: $(INSTALLED)
+	$(say) 'Tests on a GPU, with Transformer Engine'
+	@$(BIN)/python -m pytest -q tests/gpu
+
+test-slurm: $(INSTALLED)
+	$(say) 'Training on two SLURM nodes of this machine'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/slurm
 
 lint: $(INSTALLED)
 	$(say) 'Style: ruff check and ruff format --check'

@@ -28,6 +28,7 @@ class Operands:
     weight: Tensor
     alphas: Tensor
     bias: Tensor
+    norm_weight: Tensor
     grad_streams: Tensor
     grad_u: Tensor
     grad_packed: Tensor
@@ -44,6 +45,7 @@ class Implementation:
         forward: to [streams, u] or [streams, u, packed].
         gradients: of the outputs.
         to_ours: names of leaves and outputs to functions that restore this package's layout.
+        end: the operation, where it leads into the streams or out of them (ends.py).
     """
 
     name: str
@@ -52,6 +54,12 @@ class Implementation:
     forward: Callable[[], list[Tensor]]
     gradients: list[Tensor]
     to_ours: dict[str, Callable[[Tensor], Tensor]]
+    end: str | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return ("streams", "u", "mix") if self.end is None else ("out",)
 
     def backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
@@ -80,6 +88,7 @@ def random_operands(
         grad_streams=randn(tokens, n, channels, of=dtype),
         grad_u=randn(tokens, channels, of=dtype),
         grad_packed=randn(num_logits, tokens),
+        norm_weight=1 + 0.1 * randn(channels, of=dtype),
     )
 
 
@@ -113,10 +122,18 @@ def _gates(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def boundary(
-    data: Operands, operation: str, backend: str, *, tiles: Tiles | None = None
+    data: Operands,
+    operation: str,
+    backend: str,
+    *,
+    tiles: Tiles | None = None,
+    norm: str = "none",
 ) -> Implementation:
-    """``post_pre`` or ``single_pass``."""
+    """``post_pre`` or ``single_pass``; ``norm`` of the next branch: none, inside, or after it."""
     leaves = _leaves(data, boundary=True)
+    if norm != "none":
+        leaves["norm_weight"] = _leaf(data.norm_weight)
+    inside = {"norm_weight": leaves["norm_weight"], "norm_eps": RMS_EPS} if norm == "inside" else {}
     function = getattr(functional, operation)
     mix = PackedMappings(leaves["packed"], data.streams.shape[1], data.streams.shape[:1])
 
@@ -131,11 +148,16 @@ def boundary(
             options=options(),
             backend=backend,
             tiles=tiles,
+            **inside,
         )
+        if norm == "after":
+            shape = leaves["norm_weight"].shape
+            u = torch.nn.functional.rms_norm(u, shape, leaves["norm_weight"], eps=RMS_EPS)
         return [streams, u, new_mix.packed]
 
     gradients = [data.grad_streams, data.grad_u, data.grad_packed]
-    return Implementation(f"mhc_megatron.{operation}", True, leaves, forward, gradients, {})
+    name = f"mhc_megatron.{operation}" + ("" if norm == "none" else f", norm {norm}")
+    return Implementation(name, True, leaves, forward, gradients, {})
 
 
 def pair(data: Operands, backend: str) -> Implementation:

@@ -2,8 +2,9 @@
 
     python benchmarks/kernel_table.py benchmarks/results/h100/kernels.jsonl
 
-Graph replays only: all of the commit that was measured last, then ``post_pre`` of every commit. Of
-a figure that was measured twice the last counts.
+Graph replays only: all of the commit that was measured last, then ``post_pre`` of every commit,
+then expand and the contractions as they were measured last. Of a figure that was measured twice the
+last counts.
 """
 
 import json
@@ -15,8 +16,14 @@ Line = dict[str, Any]
 _METRICS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "both"}
 
 
+def is_end(line: Line) -> bool:
+    """Whether it measures expand or a contraction, which are no work of a sublayer."""
+    return line["impl"].rpartition(".")[2] in ("expand", "contract_mean", "contract_learned")
+
+
 def latest(lines: list[Line]) -> str:
     """Every implementation at every shape; how many times ``post_pre``'s time each needs."""
+    lines = [line for line in lines if not is_end(line)]
     commit = lines[-1]["commit"]
     rows: dict[tuple[str, str], dict[str, Line]] = {}
     for line in lines:
@@ -28,7 +35,7 @@ def latest(lines: list[Line]) -> str:
         times = f"{row['fwd_bwd']['value'] / ours:.2f}" if "fwd_bwd" in row else ""
         body.append([shape, implementation, *(_figure(row.get(m)) for m in _METRICS), times])
     head = ["T, C, n", "implementation", *_METRICS.values(), "both / post_pre's"]
-    return _markdown(head, body)
+    return markdown(head, body)
 
 
 def history(lines: list[Line]) -> str:
@@ -40,7 +47,17 @@ def history(lines: list[Line]) -> str:
             rows.setdefault(line["commit"][:7], {})[_shape(line)] = _figure(line)
     shapes = sorted({shape for row in rows.values() for shape in row}, key=_numbers)
     body = [[commit, *(row.get(shape, "") for shape in shapes)] for commit, row in rows.items()]
-    return _markdown(["commit", *shapes], body)
+    return markdown(["commit", *shapes], body)
+
+
+def ends(lines: list[Line]) -> str:
+    """Expand and the contractions at every shape."""
+    rows: dict[tuple[str, str], dict[str, Line]] = {}
+    for line in lines:
+        if line["launch"] == "graph" and is_end(line):
+            rows.setdefault((_shape(line), line["impl"]), {})[line["metric"]] = line
+    body = [[*key, *(_figure(row.get(metric)) for metric in _METRICS)] for key, row in rows.items()]
+    return markdown(["T, C, n", "operation", *_METRICS.values()], body)
 
 
 def read(path: Path) -> list[Line]:
@@ -61,10 +78,11 @@ def _figure(line: Line | None) -> str:
     return "" if line is None else f"{line['value']:.0f} ({line['ratio_to_floor']:.2f})"
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
 
 
 if __name__ == "__main__":
     found = read(Path(sys.argv[1]))
-    print(latest(found), history(found), sep="\n\n")
+    print(latest(found), history(found), ends(found), sep="\n\n")

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ends
 import torch
 from implementations import (
     PEERS,
+    RMS_EPS,
     Implementation,
     Operands,
     boundary,
@@ -30,7 +32,7 @@ from provenance import provenance
 from timing import Times, backward_times, copy_bandwidth, eager_times, graph_times, host_times
 from torch import Tensor
 
-from mhc_megatron.kernels import PackedMappings, compositions
+from mhc_megatron.kernels import PackedMappings, compositions, rms_norm
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
 SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
@@ -40,18 +42,41 @@ COPIES = 3
 CHECKED_TOKENS = 304
 
 Build = Callable[[Operands], Implementation]
-OURS = ("post_pre", "single_pass", "pre+post", "reference", "torch.compile")
+OURS = (
+    "post_pre",
+    "norm-inside",
+    "norm-after",
+    "single_pass",
+    "pre+post",
+    "reference",
+    "torch.compile",
+)
+ENDS = (*ends.OPERATIONS, *(f"reference.{operation}" for operation in ends.OPERATIONS))
 
 
 def builds_with(tiles: Tiles | None) -> dict[str, Build]:
     """Everything that can be measured; ``tiles`` is for the kernels of ``post_pre``."""
     return {
         "post_pre": lambda data: boundary(data, "post_pre", "triton", tiles=tiles),
+        "norm-inside": lambda data: boundary(
+            data, "post_pre", "triton", tiles=tiles, norm="inside"
+        ),
+        "norm-after": lambda data: boundary(data, "post_pre", "triton", tiles=tiles, norm="after"),
         "single_pass": lambda data: boundary(data, "single_pass", "triton", tiles=tiles),
         "pre+post": lambda data: pair(data, "triton"),
         "reference": lambda data: pair(data, "reference"),
         "torch.compile": compiled_pair,
         **PEERS,
+        **{
+            name: lambda data, operation=operation, backend=backend: ends.end(
+                data, operation, backend
+            )
+            for operation in ends.OPERATIONS
+            for name, backend in (
+                (operation, "triton"),
+                (f"reference.{operation}", "reference"),
+            )
+        },
     }
 
 
@@ -89,6 +114,10 @@ def float64_truth(data: Operands, built: Implementation, stored: Tensor) -> dict
     x, f, weight, alpha_pre, alpha_post, alpha_res, bias = leaves
     gates = (alpha_pre, alpha_post, alpha_res)
     gradients = [data.grad_streams.double(), data.grad_u.double()]
+    norm_weight = None
+    if "norm_weight" in built.leaves:
+        norm_weight = data.norm_weight.double().requires_grad_()
+        names, leaves = [*names, "norm_weight"], [*leaves, norm_weight]
     if built.fused:
         packed = data.packed.double().requires_grad_()
         mix = PackedMappings(packed, x.shape[1], x.shape[:1])
@@ -97,6 +126,9 @@ def float64_truth(data: Operands, built: Implementation, stored: Tensor) -> dict
         u, new_mix = compositions.pre(read, weight, gates, bias, options=options())
         if built.name.endswith("single_pass"):
             u = (mix.pre.unsqueeze(-1) * read).sum(1)
+        if norm_weight is not None:
+            rounded = u.to(data.streams.dtype).double()
+            u = rms_norm(u + (rounded - u).detach(), norm_weight, eps=RMS_EPS)
         new_packed = torch.cat([new_mix.pre, new_mix.post, new_mix.res.flatten(1)], dim=1).t()
         outputs = {"streams": streams, "u": u, "mix": new_packed}
         gradients.append(data.grad_packed.double())
@@ -116,7 +148,7 @@ def check(data: Operands, built: Implementation) -> tuple[dict[str, float], bool
     def once() -> dict[str, Tensor]:
         outputs = built.forward()
         gradients = built.backward(outputs)
-        named = dict(zip(("streams", "u", "mix"), [o.detach() for o in outputs], strict=False))
+        named = dict(zip(built.outputs, [o.detach() for o in outputs], strict=False))
         for name, gradient in zip(built.leaves, gradients, strict=True):
             named["d_mix" if name == "packed" else f"d_{name}"] = gradient
         return named
@@ -131,7 +163,10 @@ def check(data: Operands, built: Implementation) -> tuple[dict[str, float], bool
         name: built.to_ours.get(name.removeprefix("d_"), lambda t: t)(value)
         for name, value in first.items()
     }
-    truth = float64_truth(data, built, ours["streams"])
+    if built.end is None:
+        truth = float64_truth(data, built, ours["streams"])
+    else:
+        truth = ends.float64_truth(data, built.end)
     errors = {}
     for name, expected in truth.items():
         if name in ours and ours[name].shape == expected.shape:
@@ -173,7 +208,11 @@ def run_shape(
         try:
             built = builds[name](small)
             errors, deterministic = check(small, built)
-            floors = floor_bytes(tokens, channels, n, dtype.itemsize, fused=built.fused)
+            sizes = (tokens, channels, n, dtype.itemsize)
+            if built.end is None:
+                floors = floor_bytes(*sizes, fused=built.fused)
+            else:
+                floors = ends.floor_bytes(*sizes, operation=built.end)
             for metric, launch, times in measure(builds[name], data):
                 moved = floors[("fwd", "bwd", "fwd_bwd").index(metric)]
                 floor = moved / bandwidth * 1e6
@@ -225,7 +264,9 @@ def installed(name: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), help="T,C,n")
-    parser.add_argument("--impl", nargs="+", choices=[*OURS, *PEERS], help="default: all installed")
+    parser.add_argument(
+        "--impl", nargs="+", choices=[*OURS, *PEERS, *ENDS], help="default: all installed"
+    )
     parser.add_argument("--results", type=Path, help="folder of kernels.jsonl")
     parser.add_argument("--tiles", type=Path, help="from tune_kernels.py --write, for its n")
     parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
@@ -234,7 +275,7 @@ def main() -> int:
         print("error: needs a GPU", file=sys.stderr)
         return 2
     source, tiles = provenance(args.commit), tiles_of(args.tiles)
-    names = args.impl or [*OURS, *filter(installed, PEERS)]
+    names = args.impl or [*OURS, *filter(installed, PEERS), *ENDS]
     bandwidth = copy_bandwidth()
     print(f"{source['gpu']}: copy {bandwidth / 1e12:.2f} TB/s read and written")
     for text in args.shapes:

@@ -32,7 +32,7 @@ from mhc_megatron.pipeline.stopwatch import HostStopwatch
 from mhc_megatron.pipeline.timeline import Timeline
 from mhc_megatron.pipeline.transport import Message
 
-SCHEDULES = ("one_f_one_b", "zb_h1", "dualpipe_v")
+SCHEDULES = ("one_f_one_b", "zb_h1", "dualpipe_v", "dualpipe")
 MESSAGE = Message(shape=(1,), dtype=torch.float32, device=torch.device("cpu"))
 EMPTY = Costs(default=StageCosts(forward=0, dgrad=0, wgrad=0))
 KNOWN = Costs(

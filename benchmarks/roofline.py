@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from kernel_table import Line, read
+from kernel_table import Line, is_end, read
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -29,6 +29,7 @@ class Point(NamedTuple):
 
 def points(lines: list[Line]) -> dict[str, list[Point]]:
     """By implementation, in the order of the file."""
+    lines = [line for line in lines if not is_end(line)]
     commit = lines[-1]["commit"]
     found: dict[str, list[Point]] = {}
     for line in lines:

@@ -25,6 +25,8 @@ from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 
 COPIES = 3
+# Sublayers per launch of the rebuild.
+REBUILT = 8
 
 
 def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
@@ -42,6 +44,7 @@ def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
     "post": grid("8 16", "128 256 512", "4 8", "1"),
+    "rebuild": grid("4 8 16", "64 128 256 512", "4 8", "1"),
     "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
@@ -60,16 +63,21 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         if kernel == "post":
             made.append(lambda post=post: launch.post(*post, tile=tiles.post))
             continue
+        if kernel == "rebuild":
+            made.append(rebuild_call(one, tiles.rebuild))
+            continue
         if kernel == "mix":
             arguments = (*post, factors, parameters)
             made.append(lambda a=arguments: launch.mix(*a, **mix, tile=tiles.mix))
             continue
-        streams, _, raw, packed = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
+        streams, _, raw, packed, _ = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
         first = (streams, one.grad_u, one.grad_packed, raw, parameters)
         if kernel == "mix_backward":
             made.append(lambda a=first: launch.mix_backward(*a, **mix, tile=tiles.mix_backward))
             continue
-        projected, radial, partial = launch.mix_backward(*first, **mix, tile=default.mix_backward)
+        projected, radial, partial, _ = launch.mix_backward(
+            *first, **mix, tile=default.mix_backward
+        )
         if kernel == "weight_backward":
             arguments = (streams, projected, partial, parameters)
             made.append(lambda a=arguments: launch.parameter_backward(*a, tiles=tiles))
@@ -86,6 +94,17 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             )
         )
     return made
+
+
+def rebuild_call(data: Operands, tile: Tile) -> Callable[[], object]:
+    """The rebuild of REBUILT sublayers: branches and mappings are shared, results are not."""
+    streams = [torch.empty_like(data.streams) for _ in range(REBUILT - 1)]
+    inputs = [torch.empty_like(data.branch) for _ in range(REBUILT)]
+    branches, packed = [data.branch] * (REBUILT - 1), [data.packed] * REBUILT
+    biases = [None] * (REBUILT - 1)
+    return lambda: launch.rebuild(
+        data.streams, branches, biases, packed, streams, inputs, tile=tile
+    )
 
 
 def time_of(kernel: str, data: list[Operands], tiles: Tiles, repetitions: int) -> float | None:

@@ -4,6 +4,7 @@ from mhc_megatron.kernels.backends import BackendChoice, choose_backend
 from mhc_megatron.kernels.checks import finite_inputs
 from mhc_megatron.kernels.compositions import Gates
 from mhc_megatron.kernels.functional import post, post_pre, pre, single_pass
+from mhc_megatron.kernels.head import contract_learned, contract_mean, contract_sum, expand
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.packed import PackedMappings
 from mhc_megatron.kernels.projections import (
@@ -16,14 +17,11 @@ from mhc_megatron.kernels.projections import (
 from mhc_megatron.kernels.recompute import Rebuilt, rebuild
 from mhc_megatron.kernels.reference import (
     Mappings,
-    contract_learned,
-    contract_mean,
-    contract_sum,
-    expand,
     mappings,
     post_mix,
     pre_mix,
     project,
+    rms_norm,
 )
 
 __all__ = [
@@ -50,6 +48,7 @@ __all__ = [
     "project",
     "rebuild",
     "residual_mapping",
+    "rms_norm",
     "single_pass",
     "sinkhorn",
     "sinkhorn_v4",

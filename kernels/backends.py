@@ -18,6 +18,9 @@ KERNEL_CAPABILITY = (9, 0)
 # 16-byte loads of half-precision channels.
 KERNEL_CHANNEL_MULTIPLE = 8
 
+# Found once: torch.compile cannot trace the search.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 class BackendChoice(NamedTuple):
     """``triton`` or ``reference``, and in one sentence why."""
@@ -26,8 +29,16 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
+_ASKED_FOR = BackendChoice("triton", "asked for")
+_SUPPORTED = BackendChoice("triton", "the kernels support these streams")
+
+
 def choose_backend(
-    streams: Tensor, *, options: MappingOptions | None = None, backend: Backend = "auto"
+    streams: Tensor,
+    *,
+    options: MappingOptions | None = None,
+    num_streams: int | None = None,
+    backend: Backend = "auto",
 ) -> BackendChoice:
     """What ``backend`` means for these streams.
 
@@ -36,6 +47,7 @@ def choose_backend(
     Args:
         streams: [..., n, C].
         options: of the mappings; None for ``post``, which has none.
+        num_streams: n of ``expand``, which has none yet; None for the n of ``streams``.
         backend: as for ``pre``, ``post`` and ``post_pre``.
 
     Raises:
@@ -45,33 +57,27 @@ def choose_backend(
         return BackendChoice("reference", "asked for")
     if backend not in ("auto", "triton"):
         raise ValueError(f"backend={backend!r} is not one of auto, triton, reference")
-    obstacle = _obstacle(streams, options)
+    obstacle = _obstacle(streams, num_streams or streams.shape[-2], options)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f"backend='triton' cannot run: {obstacle}")
-        return BackendChoice("triton", "asked for")
+        return _ASKED_FOR
     if obstacle is None and not streams.is_cuda:
         obstacle = "the interpreter is for tests, and has to be asked for"
     if obstacle is not None:
         return BackendChoice("reference", obstacle)
-    return BackendChoice("triton", "the kernels support these streams")
+    return _SUPPORTED
 
 
-def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
+def _obstacle(streams: Tensor, n: int, options: MappingOptions | None) -> str | None:
     """Why the kernels cannot take these streams."""
-    n, channels = streams.shape[-2:]
-    if n not in KERNEL_STREAMS:
-        return f"num_streams={n} is not one of {', '.join(map(str, KERNEL_STREAMS))}"
     permutes = options is not None and options.projection == "permutation"
-    if permutes and n > KERNEL_PERMUTATION_STREAMS:
-        return f"projection='permutation' needs num_streams <= {KERNEL_PERMUTATION_STREAMS}"
-    if streams.dtype not in KERNEL_DTYPES:
-        return f"streams are {streams.dtype}, not bfloat16, float16 or float32"
-    if channels == 0 or channels % KERNEL_CHANNEL_MULTIPLE:
-        return f"channels={channels} is not a multiple of {KERNEL_CHANNEL_MULTIPLE}"
+    obstacle = _obstacle_of(n, streams.shape[-1], streams.dtype, permutes)
+    if obstacle is not None:
+        return obstacle
     if not streams.is_contiguous():
         return "streams are not contiguous"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if not streams.is_cuda:
         # Imports triton, which a program without a GPU need not have.
@@ -80,20 +86,29 @@ def _obstacle(streams: Tensor, options: MappingOptions | None) -> str | None:
         if streams.device.type == "cpu" and INTERPRETED:
             return None
         return f"streams are on {streams.device.type}, and the kernels need CUDA"
-    if streams.device.index != torch.cuda.current_device():
+    index = streams.get_device()
+    if index != torch.cuda.current_device():
         return (
             f"streams are on {streams.device} while the current device is "
             f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
-    if _capability(streams.device.index) < KERNEL_CAPABILITY:
+    if _capability(index) < KERNEL_CAPABILITY:
         return "the GPU is older than compute capability 9.0, whose shared memory the tiles need"
     return None
 
 
-# Both are asked for at every call, between launches that take microseconds.
+# All are asked for at every call, between launches that take microseconds.
 @cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _obstacle_of(n: int, channels: int, dtype: torch.dtype, permutes: bool) -> str | None:
+    if n not in KERNEL_STREAMS:
+        return f"num_streams={n} is not one of {', '.join(map(str, KERNEL_STREAMS))}"
+    if permutes and n > KERNEL_PERMUTATION_STREAMS:
+        return f"projection='permutation' needs num_streams <= {KERNEL_PERMUTATION_STREAMS}"
+    if dtype not in KERNEL_DTYPES:
+        return f"streams are {dtype}, not bfloat16, float16 or float32"
+    if channels == 0 or channels % KERNEL_CHANNEL_MULTIPLE:
+        return f"channels={channels} is not a multiple of {KERNEL_CHANNEL_MULTIPLE}"
+    return None
 
 
 @cache

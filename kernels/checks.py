@@ -5,12 +5,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.options import NORM_EPS, MappingOptions
 from mhc_megatron.kernels.packed import PackedMappings
 from mhc_megatron.kernels.reference import Mappings
 
 _finite = False
+
+_GATES = ("alpha_pre", "alpha_post", "alpha_res")
+# What the kernels read the branch, its bias and its norm's weight in; the rest is float32.
+_BRANCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -32,7 +37,26 @@ def check_streams(streams: Tensor) -> None:
         raise ValueError(
             f"streams: expected floating [..., n, C], got {streams.dtype} {tuple(streams.shape)}"
         )
-    _expect_finite("streams", streams)
+    if _finite:
+        _expect_finite("streams", streams)
+
+
+def check_hidden(hidden: Tensor, num_streams: int) -> None:
+    if hidden.dim() < 1 or not hidden.is_floating_point():
+        raise ValueError(
+            f"hidden: expected floating [..., C], got {hidden.dtype} {tuple(hidden.shape)}"
+        )
+    if num_streams < 1:
+        raise ValueError(f"num_streams={num_streams} must be at least 1")
+    if _finite:
+        _expect_finite("hidden", hidden)
+
+
+def check_head(streams: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> None:
+    n, channels = streams.shape[-2:]
+    _expect("weight", weight, (n, n * channels), streams.device)
+    _expect("scale", scale, (1,), streams.device)
+    _expect("bias", bias, (n,), streams.device)
 
 
 def check_parameters(
@@ -42,21 +66,55 @@ def check_parameters(
     bias: Tensor,
     options: MappingOptions,
 ) -> None:
-    n, channels = streams.shape[-2:]
-    num_logits = options.num_logits(n)
-    _expect("weight", weight, (num_logits, n * channels), streams.device)
-    _expect("bias", bias, (num_logits,), streams.device)
-    names = ("alpha_pre", "alpha_post", "alpha_res")
-    if len(alphas) != len(names):
-        raise ValueError(f"alphas: expected {', '.join(names)}, got {len(alphas)} tensors")
-    for name, alpha in zip(names, alphas, strict=True):
+    shape, device = streams.shape, streams.device
+    num_logits = options.num_logits(shape[-2])
+    _expect("weight", weight, (num_logits, shape[-2] * shape[-1]), device)
+    _expect("bias", bias, (num_logits,), device)
+    if len(alphas) != len(_GATES):
+        raise ValueError(f"alphas: expected {', '.join(_GATES)}, got {len(alphas)} tensors")
+    for name, alpha in zip(_GATES, alphas, strict=True):
         if name == "alpha_res" and options.projection == "identity":
             if alpha is not None:
                 raise ValueError("alpha_res: expected None, projection='identity' has no res gate")
         elif alpha is None:
             raise ValueError(f"{name}: expected [1], got None")
         else:
-            _expect(name, alpha, (1,), streams.device)
+            _expect(name, alpha, (1,), device)
+
+
+def check_main_grad(streams: Tensor, weight: Tensor, main_grad: Tensor | None) -> None:
+    """A buffer that phi's gradient can be added to, which a trace cannot see happen."""
+    if main_grad is None:
+        return
+    if is_traced(streams):
+        raise ValueError("main_grad: expected None while tracing, which would not see it change")
+    _expect("main_grad", main_grad, tuple(weight.shape), streams.device)
+    if main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad: expected contiguous torch.float32, got {main_grad.dtype} with strides "
+            f"{main_grad.stride()}"
+        )
+
+
+def check_norm(streams: Tensor, norm_weight: Tensor | None, norm_eps: float | None) -> float:
+    """The weight of the branch's norm, and its eps, which is nothing by itself; returns the eps."""
+    if norm_weight is None:
+        if norm_eps is not None:
+            raise ValueError(f"norm_eps: expected None without norm_weight, got {norm_eps}")
+        return NORM_EPS
+    _expect("norm_weight", norm_weight, streams.shape[-1:], streams.device)
+    if not norm_weight.is_floating_point():
+        raise ValueError(f"norm_weight: expected a floating dtype, got {norm_weight.dtype}")
+    if norm_eps is None:
+        return NORM_EPS
+    if not norm_eps >= 0:
+        raise ValueError(f"norm_eps={norm_eps} must be at least 0")
+    return norm_eps
+
+
+def is_traced(streams: Tensor) -> bool:
+    """Whether torch.compile, torch.export or FakeTensor asks what would be computed."""
+    return torch.compiler.is_compiling() or isinstance(streams, FakeTensor)
 
 
 def check_branch(streams: Tensor, branch: Tensor, branch_bias: Tensor | None) -> None:
@@ -105,23 +163,25 @@ def check_kernel_operands(**operands: Tensor | None) -> None:
             continue
         if not operand.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {operand.stride()}")
-        half_too = name in ("branch", "branch_bias")
-        allowed = (torch.float32, torch.bfloat16, torch.float16) if half_too else (torch.float32,)
-        if operand.dtype not in allowed:
-            raise ValueError(f"{name}: expected {allowed[0]}, got {operand.dtype}")
+        if operand.dtype is torch.float32:
+            continue
+        if name not in ("branch", "branch_bias", "norm_weight"):
+            raise ValueError(f"{name}: expected torch.float32, got {operand.dtype}")
+        if operand.dtype not in _BRANCH_DTYPES:
+            names = ", ".join(map(str, _BRANCH_DTYPES))
+            raise ValueError(f"{name}: expected one of {names}, got {operand.dtype}")
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected it on {device} as the streams, got {tensor.device}")
-    _expect_finite(name, tensor)
+    if _finite:
+        _expect_finite(name, tensor)
 
 
 def _expect_finite(name: str, tensor: Tensor) -> None:
-    if not _finite:
-        return
     if torch.compiler.is_compiling():
         raise ValueError("finite_inputs: expected eager calls, a trace has no numbers to check")
     wrong = tensor.numel() - int(tensor.isfinite().sum())

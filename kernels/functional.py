@@ -5,15 +5,17 @@ sublayers, in one pass over the streams. compositions.py defines them. Every fun
 ``backend``: "triton", "reference", or "auto", whose pick ``choose_backend`` explains.
 """
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mhc_megatron.kernels import checks, compositions
 from mhc_megatron.kernels.backends import Backend, choose_backend
 from mhc_megatron.kernels.compositions import Gates
+from mhc_megatron.kernels.main_grad import add_gradient_to
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.packed import PackedMappings, pack
 from mhc_megatron.kernels.reference import Mappings
@@ -29,6 +31,9 @@ def pre(
     bias: Tensor,
     *,
     options: MappingOptions,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    main_grad: Tensor | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> tuple[Tensor, Mappings | PackedMappings]:
@@ -40,32 +45,54 @@ def pre(
         alphas: alpha_pre, alpha_post, alpha_res, [1] each; the last None for ``identity``.
         bias: [M].
         options: projection, iterations and eps.
+        norm_weight: [C], of the branch's own RMSNorm, which is then applied to what is returned;
+            any floating dtype.
+        norm_eps: of that norm, inside the root; None for 1e-5.
+        main_grad: [M, n*C] float32: backward adds phi's gradient to it and returns none for
+            ``weight``, as Megatron's ``gradient_accumulation_fusion`` does. The sum is the same.
         backend: "auto", "triton" or "reference".
         tiles: of the kernels; None for the table of kernels/triton/tiles.py.
 
     Returns:
-        u [..., C] in the streams' dtype; the float32 mappings, with ``pre``, ``post`` and ``res``.
+        u [..., C] in the streams' dtype, normalised with ``norm_weight``; the float32 mappings,
+        with ``pre``, ``post`` and ``res``.
 
     Raises:
         ValueError: an argument does not fit, or ``backend="triton"`` cannot run.
     """
     checks.check_streams(streams)
     checks.check_parameters(streams, weight, alphas, bias, options)
+    checks.check_main_grad(streams, weight, main_grad)
+    eps = checks.check_norm(streams, norm_weight, norm_eps)
     if choose_backend(streams, options=options, backend=backend).name == "reference":
-        return compositions.pre(streams, weight, alphas, bias, options=options)
-    _check_parameters_of_kernels(weight, alphas, bias)
-    if _traced(streams, tiles):
+        weight = add_gradient_to(weight, main_grad)
+        return compositions.pre(
+            streams, weight, alphas, bias, options=options, norm_weight=norm_weight, norm_eps=eps
+        )
+    _check_operands_of_kernels(weight, alphas, bias, norm_weight)
+    if traced(streams, tiles):
         from mhc_megatron.kernels import operators
 
         constants = operators.constants_of(options)
-        u, packed, *_ = operators.pre(streams, weight, *alphas, bias, *constants)
-        return u, PackedMappings(packed, streams.shape[-2], streams.shape[:-2])
-    from mhc_megatron.kernels.functions import Pre
-
-    u, packed, through = Pre.apply(
-        streams, weight, *alphas, bias, options, tiles or _tiles(streams)
+        u, packed, _, _, inverse_rms = operators.pre(
+            streams, weight, *alphas, bias, norm_weight, *constants, eps
+        )
+        inverse_rms = None if norm_weight is None else inverse_rms
+        n, tokens = streams.shape[-2], streams.shape[:-2]
+        return u, PackedMappings(packed, n, tokens, inverse_rms=inverse_rms)
+    u, packed, through, inverse_rms = _module("functions").Pre.apply(
+        streams,
+        weight,
+        *alphas,
+        bias,
+        options,
+        tiles or _tiles(streams),
+        main_grad,
+        norm_weight,
+        eps,
     )
-    return u, PackedMappings(packed, streams.shape[-2], streams.shape[:-2], streams, through)
+    n, tokens = streams.shape[-2], streams.shape[:-2]
+    return u, PackedMappings(packed, n, tokens, streams, through, inverse_rms)
 
 
 def post(
@@ -99,15 +126,15 @@ def post(
         return compositions.post(streams, branch, mix, branch_bias=branch_bias)
     packed = pack(mix)
     checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
-    if _traced(streams, tiles):
+    if traced(streams, tiles):
         from mhc_megatron.kernels import operators
 
         return operators.post(streams, branch, branch_bias, packed)
-    from mhc_megatron.kernels.functions import Post
-
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
-    return Post.apply(streams, branch, branch_bias, packed, tiles or _tiles(streams))
+    return _module("functions").Post.apply(
+        streams, branch, branch_bias, packed, tiles or _tiles(streams)
+    )
 
 
 def post_pre(
@@ -120,6 +147,9 @@ def post_pre(
     *,
     options: MappingOptions,
     branch_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    main_grad: Tensor | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
@@ -127,17 +157,32 @@ def post_pre(
 
     Args:
         streams, branch, mix, branch_bias: of the sublayer that ends, as for ``post``.
-        weight, alphas, bias, options: of the next sublayer, as for ``pre``.
+        weight, alphas, bias, options, norm_weight, norm_eps, main_grad: of the next sublayer, as
+            for ``pre``.
         backend, tiles: as for ``pre``.
 
     Returns:
-        The next streams [..., n, C], the next branch's input [..., C], and its mappings.
+        The next streams [..., n, C], the next branch's input [..., C], normalised with
+        ``norm_weight``, and its mappings.
 
     Raises:
         ValueError: as ``pre``.
     """
     return _boundary(
-        streams, branch, mix, weight, alphas, bias, options, branch_bias, False, backend, tiles
+        streams,
+        branch,
+        mix,
+        weight,
+        alphas,
+        bias,
+        options,
+        branch_bias,
+        norm_weight,
+        norm_eps,
+        main_grad,
+        False,
+        backend,
+        tiles,
     )
 
 
@@ -151,6 +196,7 @@ def single_pass(
     *,
     options: MappingOptions,
     branch_bias: Tensor | None = None,
+    main_grad: Tensor | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
@@ -158,10 +204,23 @@ def single_pass(
 
     DeepSeek-V4.1's single-pass mHC. The new mappings' H_pre is for the sublayer after the next.
 
-    Args, returns and raises: as for ``post_pre``.
+    Args, returns and raises: as for ``post_pre``, but the branch's norm stays with the branch.
     """
     return _boundary(
-        streams, branch, mix, weight, alphas, bias, options, branch_bias, True, backend, tiles
+        streams,
+        branch,
+        mix,
+        weight,
+        alphas,
+        bias,
+        options,
+        branch_bias,
+        None,
+        None,
+        main_grad,
+        True,
+        backend,
+        tiles,
     )
 
 
@@ -174,6 +233,9 @@ def _boundary(
     bias: Tensor,
     options: MappingOptions,
     branch_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    main_grad: Tensor | None,
     read_with_previous: bool,
     backend: Backend,
     tiles: "Tiles | None",
@@ -183,29 +245,47 @@ def _boundary(
     checks.check_branch(streams, branch, branch_bias)
     checks.check_mix(streams, mix)
     checks.check_parameters(streams, weight, alphas, bias, options)
+    checks.check_main_grad(streams, weight, main_grad)
+    eps = checks.check_norm(streams, norm_weight, norm_eps)
     if choose_backend(streams, options=options, backend=backend).name == "reference":
-        compose = compositions.single_pass if read_with_previous else compositions.post_pre
-        return compose(
-            streams, branch, mix, weight, alphas, bias, options=options, branch_bias=branch_bias
+        operands = (streams, branch, mix, add_gradient_to(weight, main_grad), alphas, bias)
+        if read_with_previous:
+            return compositions.single_pass(*operands, options=options, branch_bias=branch_bias)
+        return compositions.post_pre(
+            *operands,
+            options=options,
+            branch_bias=branch_bias,
+            norm_weight=norm_weight,
+            norm_eps=eps,
         )
     packed = pack(mix)
-    _check_parameters_of_kernels(weight, alphas, bias)
-    checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
-    if _traced(streams, tiles):
+    _check_operands_of_kernels(
+        weight, alphas, bias, norm_weight, branch=branch, branch_bias=branch_bias, mix=packed
+    )
+    if traced(streams, tiles):
         from mhc_megatron.kernels import operators
 
-        operands = (streams, branch, branch_bias, packed, weight, *alphas, bias)
         constants = operators.constants_of(options)
-        new_streams, u, new_packed, *_ = operators.post_pre(
-            *operands, *constants, read_with_previous
+        new_streams, u, new_packed, _, _, inverse_rms = operators.post_pre(
+            streams,
+            branch,
+            branch_bias,
+            packed,
+            weight,
+            *alphas,
+            bias,
+            norm_weight,
+            *constants,
+            eps,
+            read_with_previous,
         )
-        return new_streams, u, PackedMappings(new_packed, streams.shape[-2], streams.shape[:-2])
-    from mhc_megatron.kernels.functions import PostPre
-
+        inverse_rms = None if norm_weight is None else inverse_rms
+        n, tokens = streams.shape[-2], streams.shape[:-2]
+        return new_streams, u, PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms)
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
 
-    new_streams, u, new_packed = PostPre.apply(
+    new_streams, u, new_packed, inverse_rms = _module("functions").PostPre.apply(
         streams,
         branch,
         branch_bias,
@@ -216,25 +296,43 @@ def _boundary(
         options,
         read_with_previous,
         tiles or _tiles(streams),
+        main_grad,
+        norm_weight,
+        eps,
     )
-    return new_streams, u, PackedMappings(new_packed, streams.shape[-2], streams.shape[:-2])
+    n, tokens = streams.shape[-2], streams.shape[:-2]
+    return new_streams, u, PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms)
 
 
-def _traced(streams: Tensor, tiles: "Tiles | None") -> bool:
-    """Whether torch.compile, torch.export or FakeTensor asks what would be computed."""
-    traced = torch.compiler.is_compiling() or isinstance(streams, FakeTensor)
+def traced(streams: Tensor, tiles: object | None) -> bool:
+    """Whether the operators run, which take no tiles."""
+    traced = checks.is_traced(streams)
     if traced and tiles is not None:
         raise ValueError("tiles: expected None while tracing, which uses the default tiles")
     return traced
 
 
-def _check_parameters_of_kernels(weight: Tensor, alphas: Gates, bias: Tensor) -> None:
+def _check_operands_of_kernels(
+    weight: Tensor, alphas: Gates, bias: Tensor, norm_weight: Tensor | None, **others: Tensor | None
+) -> None:
     checks.check_kernel_operands(
-        weight=weight, bias=bias, alpha_pre=alphas[0], alpha_post=alphas[1], alpha_res=alphas[2]
+        weight=weight,
+        bias=bias,
+        alpha_pre=alphas[0],
+        alpha_post=alphas[1],
+        alpha_res=alphas[2],
+        norm_weight=norm_weight,
+        **others,
     )
 
 
-def _tiles(streams: Tensor) -> "Tiles":
-    from mhc_megatron.kernels.triton.tiles import default_tiles
+# Of modules that import triton, which a program without a GPU need not have; an import statement
+# costs as much at every call as all of a tensor's checks.
+@cache
+def _module(name: str) -> ModuleType:
+    return import_module(f"mhc_megatron.kernels.{name}")
 
-    return default_tiles(streams.shape[-2], streams.shape[-1], streams.dtype)
+
+def _tiles(streams: Tensor) -> "Tiles":
+    tiles: Tiles = _module("triton.tiles").default_tiles(*streams.shape[-2:], streams.dtype)
+    return tiles

@@ -1,7 +1,8 @@
 """The Triton kernels under autograd.
 
 Kept for backward are streams and branch output, which the graph holds anyway, and float32 numbers
-per token (M raw logits, 1/RMS, the mappings): no copy of the streams in another dtype.
+per token (M raw logits, 1/RMS of the streams and of a normalised branch input, the mappings): no
+copy of the streams in another dtype, and no branch input, which is mixed again.
 """
 
 from typing import Any
@@ -12,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import launch
-from mhc_megatron.kernels.triton.arguments import Parameters
-from mhc_megatron.kernels.triton.launch import ReadGradients
+from mhc_megatron.kernels.triton.arguments import Norm, Parameters
+from mhc_megatron.kernels.triton.launch import NormState, ReadGradients
 from mhc_megatron.kernels.triton.tiles import Tiles
 
 
@@ -54,9 +55,10 @@ class Post(torch.autograd.Function):
 
 
 class Pre(torch.autograd.Function):
-    """``pre``: (streams, parameters) to (u, packed, the streams again).
+    """``pre``: (streams, parameters) to (u, packed, the streams again, 1/RMS of u).
 
-    ``post`` takes the last, so that its gradient of the streams comes here to be added to.
+    ``post`` takes the third, so that its gradient of the streams comes here to be added to. With
+    ``norm_weight`` u is normalised; without, the last is None.
     """
 
     @staticmethod
@@ -70,10 +72,13 @@ class Pre(torch.autograd.Function):
         bias: Tensor,
         options: MappingOptions,
         tiles: Tiles,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        main_grad: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
         factors = launch.factor_weight(weight, streams)
-        _, u, raw, packed = launch.mix(
+        _, u, raw, packed, inverse_rms = launch.mix(
             streams,
             None,
             None,
@@ -82,12 +87,15 @@ class Pre(torch.autograd.Function):
             parameters,
             options=options,
             single_pass=False,
+            norm=_norm(norm_weight, norm_eps),
             tile=tiles.mix,
         )
-        ctx.save_for_backward(streams, raw, packed, factors, *parameters)
-        ctx.options, ctx.tiles, ctx.trains = options, tiles, _any_requires_grad(parameters)
+        ctx.save_for_backward(streams, raw, packed, factors, norm_weight, inverse_rms, *parameters)
+        ctx.options, ctx.tiles = options, tiles
+        _remember_parameters(ctx, parameters, main_grad)
         ctx.set_materialize_grads(False)
-        return u, packed, streams.view_as(streams)
+        _keep_without_gradient(ctx, inverse_rms)
+        return u, packed, streams.view_as(streams), inverse_rms
 
     @staticmethod
     @once_differentiable
@@ -96,13 +104,24 @@ class Pre(torch.autograd.Function):
         grad_u: Tensor | None,
         grad_packed: Tensor | None,
         grad_through: Tensor | None,
+        grad_inverse_rms: None,
     ) -> tuple[Tensor | None, ...]:
-        streams, raw, packed, factors, *rest = ctx.saved_tensors
+        streams, raw, packed, factors, norm_weight, inverse_rms, *rest = ctx.saved_tensors
         parameters = Parameters(*rest)
         if streams.numel() == 0:
-            return *_zeros(streams, *parameters), None, None
-        read, partial = _read_gradients(
-            ctx, streams, grad_u, grad_packed, raw, packed, factors, parameters
+            (grad_x,), grads = _zeros(streams), _zero_parameters(ctx, parameters)
+            return grad_x, *grads, None, None, None, *_zeros(norm_weight), None
+        read, partial, grad_norm_weight = _read_gradients(
+            ctx,
+            streams,
+            grad_u,
+            grad_packed,
+            raw,
+            packed,
+            factors,
+            norm_weight,
+            inverse_rms,
+            parameters,
         )
         # Right after the first pass, whose last reads of the streams are still in L2.
         parameter_gradients = _parameter_gradients(ctx, streams, read, partial, parameters)
@@ -117,12 +136,12 @@ class Pre(torch.autograd.Function):
             tile=ctx.tiles.streams_backward,
             terms=ctx.tiles.product_terms,
         )
-        return grad_streams, *parameter_gradients, None, None
+        return grad_streams, *parameter_gradients, None, None, None, grad_norm_weight, None
 
 
 class PostPre(torch.autograd.Function):
     """``post_pre`` and ``single_pass``: (streams, branch, branch_bias, packed, parameters) to
-    (next streams, u, packed)."""
+    (next streams, u, packed, 1/RMS of u); the last as for ``pre``."""
 
     @staticmethod
     def forward(
@@ -139,10 +158,13 @@ class PostPre(torch.autograd.Function):
         options: MappingOptions,
         single_pass: bool,
         tiles: Tiles,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        main_grad: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
         factors = launch.factor_weight(weight, streams)
-        new_streams, u, raw, new_packed = launch.mix(
+        new_streams, u, raw, new_packed, inverse_rms = launch.mix(
             streams,
             branch,
             branch_bias,
@@ -151,6 +173,7 @@ class PostPre(torch.autograd.Function):
             parameters,
             options=options,
             single_pass=single_pass,
+            norm=_norm(norm_weight, norm_eps),
             tile=tiles.mix,
         )
         ctx.save_for_backward(
@@ -162,12 +185,15 @@ class PostPre(torch.autograd.Function):
             raw,
             new_packed,
             factors,
+            norm_weight,
+            inverse_rms,
             *parameters,
         )
         ctx.options, ctx.tiles, ctx.single_pass = options, tiles, single_pass
-        ctx.trains = _any_requires_grad(parameters)
+        _remember_parameters(ctx, parameters, main_grad)
         ctx.set_materialize_grads(False)
-        return new_streams, u, new_packed
+        _keep_without_gradient(ctx, inverse_rms)
+        return new_streams, u, new_packed, inverse_rms
 
     @staticmethod
     @once_differentiable
@@ -176,20 +202,24 @@ class PostPre(torch.autograd.Function):
         grad_streams: Tensor | None,
         grad_u: Tensor | None,
         grad_new_packed: Tensor | None,
+        grad_inverse_rms: None,
     ) -> tuple[Tensor | None, ...]:
-        streams, branch, branch_bias, packed, new_streams, raw, new_packed, factors, *rest = (
-            ctx.saved_tensors
-        )
+        streams, branch, branch_bias, packed, *rest = ctx.saved_tensors
+        new_streams, raw, new_packed, factors, norm_weight, inverse_rms, *rest = rest
         parameters = Parameters(*rest)
         if streams.numel() == 0:
             return (
-                *_zeros(streams, branch, branch_bias, packed, *parameters),
+                *_zeros(streams, branch, branch_bias, packed),
+                *_zero_parameters(ctx, parameters),
                 None,
                 None,
+                None,
+                None,
+                *_zeros(norm_weight),
                 None,
             )
         read_packed = packed if ctx.single_pass else new_packed
-        read, partial = _read_gradients(
+        read, partial, grad_norm_weight = _read_gradients(
             ctx,
             new_streams,
             grad_u,
@@ -197,6 +227,8 @@ class PostPre(torch.autograd.Function):
             raw,
             read_packed,
             factors,
+            norm_weight,
+            inverse_rms,
             parameters,
             single_pass=ctx.single_pass,
         )
@@ -222,11 +254,28 @@ class PostPre(torch.autograd.Function):
             None,
             None,
             None,
+            None,
+            grad_norm_weight,
+            None,
         )
 
 
-def _any_requires_grad(parameters: Parameters) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in parameters)
+def _norm(weight: Tensor | None, eps: float) -> Norm | None:
+    return None if weight is None else Norm(weight, eps)
+
+
+def _keep_without_gradient(ctx: Any, inverse_rms: Tensor | None) -> None:
+    if inverse_rms is not None:
+        ctx.mark_non_differentiable(inverse_rms)
+
+
+def _remember_parameters(ctx: Any, parameters: Parameters, main_grad: Tensor | None) -> None:
+    """Which gradients are wanted, and where phi's goes.
+
+    ``main_grad`` is not among the saved tensors, which other backward passes must not change.
+    """
+    ctx.trains = any([tensor is not None and tensor.requires_grad for tensor in parameters])
+    ctx.main_grad = main_grad if parameters.weight.requires_grad else None
 
 
 def _read_gradients(
@@ -237,16 +286,23 @@ def _read_gradients(
     raw: Tensor,
     packed: Tensor,
     factors: Tensor,
+    norm_weight: Tensor | None,
+    inverse_rms: Tensor | None,
     parameters: Parameters,
     *,
     single_pass: bool = False,
-) -> tuple[ReadGradients, Tensor]:
-    """The first backward pass, and the partial sums of bias and alpha."""
+) -> tuple[ReadGradients, Tensor, Tensor | None]:
+    """The first backward pass, the partial sums of bias and alpha, and the norm's gradient."""
     if grad_u is None:
         shape = (*new_streams.shape[:-2], new_streams.shape[-1])
         grad_u = new_streams.new_zeros(shape)
     grad_u = grad_u.contiguous()
-    projected, radial, partial = launch.mix_backward(
+    norm, tile = None, ctx.tiles.mix_backward
+    if norm_weight is not None:
+        assert inverse_rms is not None
+        tile = ctx.tiles.mix_backward_norm or tile
+        norm = NormState(norm_weight, inverse_rms, packed)
+    projected, radial, partial, norm_gradients = launch.mix_backward(
         new_streams,
         grad_u,
         None if grad_packed is None else grad_packed.contiguous(),
@@ -254,9 +310,15 @@ def _read_gradients(
         parameters,
         options=ctx.options,
         single_pass=single_pass,
-        tile=ctx.tiles.mix_backward,
+        norm=norm,
+        tile=tile,
     )
-    return ReadGradients(grad_u, packed, projected, radial, factors), partial
+    grad_norm_weight = None
+    if norm_gradients is not None:
+        assert norm_weight is not None
+        grad_u = norm_gradients.u
+        grad_norm_weight = norm_gradients.weight_partial.sum(dim=0).to(norm_weight.dtype)
+    return ReadGradients(grad_u, packed, projected, radial, factors), partial, grad_norm_weight
 
 
 def _parameter_gradients(
@@ -266,10 +328,26 @@ def _parameter_gradients(
     if not ctx.trains:
         return (None,) * len(parameters)
     grads = launch.parameter_backward(
-        new_streams, read.projected, partial, parameters, tiles=ctx.tiles
+        new_streams,
+        read.projected,
+        partial,
+        parameters,
+        main_grad=ctx.main_grad,
+        tiles=ctx.tiles,
     )
-    alpha_res = None if parameters.alpha_res is None else grads.alphas[2:3]
-    return grads.weight, grads.alphas[0:1], grads.alphas[1:2], alpha_res, grads.bias
+    weight, alpha_pre, alpha_post, alpha_res, bias = grads
+    return (
+        weight if ctx.main_grad is None else None,
+        alpha_pre,
+        alpha_post,
+        None if parameters.alpha_res is None else alpha_res,
+        bias,
+    )
+
+
+def _zero_parameters(ctx: Any, parameters: Parameters) -> tuple[Tensor | None, ...]:
+    weight, *others = parameters
+    return _zeros(weight if ctx.main_grad is None else None, *others)
 
 
 def _bias_gradient(grad_branch: Tensor | None, branch_bias: Tensor | None) -> Tensor | None:

@@ -28,6 +28,7 @@ class _Context:
         self.tiles = default_tiles(*streams.shape[-2:], streams.dtype)
         self.options = options
         self.trains = True
+        self.main_grad: Tensor | None = None
         self.saved_tensors: tuple[Tensor | None, ...] = ()
         self.__dict__.update(known)
 
@@ -35,6 +36,9 @@ class _Context:
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
 
@@ -121,18 +125,22 @@ def pre(
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u and packed; raw logits and phi's factors for the backward."""
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u and packed; raw logits, phi's factors and u's 1/RMS (empty without) for the backward."""
     options = _options(projection, iterations, eps, rms_eps)
     context = _Context(streams)
     parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
-    u, packed, _ = Pre.forward(context, streams, *parameters, options, context.tiles)
+    u, packed, _, inverse_rms = Pre.forward(
+        context, streams, *parameters, options, context.tiles, None, norm_weight, norm_eps
+    )
     raw, factors = _found((context.saved_tensors[1], context.saved_tensors[3]))
-    return u, packed, raw, _own(factors, weight)
+    return u, packed, raw, _own(factors, weight), _given(inverse_rms, weight)
 
 
 @pre.register_fake
@@ -143,15 +151,19 @@ def _(
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_read(streams, weight)
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake_read(streams, weight, norm_weight)
 
 
-def _fake_read(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_read(
+    streams: Tensor, weight: Tensor, norm_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, rows, num_logits = _sizes(streams, weight)
     factors = weight.new_empty(0)
     if parts_of(streams.dtype) == 2:
@@ -161,6 +173,7 @@ def _fake_read(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor,
         weight.new_empty((rows, tokens)),
         weight.new_empty((num_logits + 1, tokens)),
         factors,
+        weight.new_empty((0 if norm_weight is None else tokens,)),
     )
 
 
@@ -172,25 +185,29 @@ def pre_backward(
     raw: Tensor,
     packed: Tensor,
     factors: Tensor,
+    inverse_rms: Tensor,
     weight: Tensor,
     alpha_pre: Tensor,
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of streams, weight, the alphas in one tensor, and bias."""
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of streams, weight, the alphas in one tensor, bias, norm_weight (empty without)."""
     parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
-    saved = (streams, raw, packed, _factors(factors, weight), *parameters)
+    norm = (norm_weight, inverse_rms)
+    saved = (streams, raw, packed, _factors(factors, weight), *norm, *parameters)
     options = _options(projection, iterations, eps, rms_eps)
     context = _Context(streams, options, saved_tensors=saved)
-    grad_x, grad_weight, *alphas, grad_bias = _found(
-        Pre.backward(context, grad_u, grad_packed, None)
-    )
-    return grad_x, grad_weight, torch.cat(alphas), grad_bias
+    found = Pre.backward(context, grad_u, grad_packed, None, None)
+    grad_norm = _given(found[-2], weight)
+    grad_x, grad_weight, *alphas, grad_bias = _found(found[:6])
+    return grad_x, grad_weight, torch.cat(alphas), grad_bias, grad_norm
 
 
 @pre_backward.register_fake
@@ -201,44 +218,50 @@ def _(
     raw: Tensor,
     packed: Tensor,
     factors: Tensor,
+    inverse_rms: Tensor,
     weight: Tensor,
     alpha_pre: Tensor,
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (torch.empty_like(streams), *_fake_parameters(weight, alpha_res, bias))
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (torch.empty_like(streams), *_fake_parameters(weight, alpha_res, bias, norm_weight))
 
 
 def _fake_parameters(
-    weight: Tensor, alpha_res: Tensor | None, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    gates = 2 if alpha_res is None else 3
-    return torch.empty_like(weight), bias.new_empty((gates,)), torch.empty_like(bias)
+    weight: Tensor, alpha_res: Tensor | None, bias: Tensor, norm_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    alphas = bias.new_empty((2 if alpha_res is None else 3,))
+    norm = weight.new_empty(0) if norm_weight is None else torch.empty_like(norm_weight)
+    return torch.empty_like(weight), alphas, torch.empty_like(bias), norm
 
 
 def _save_pre(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    streams, *parameters = inputs[:6]
-    _, packed, raw, factors = output
-    ctx.save_for_backward(streams, raw, packed, factors, *parameters)
-    ctx.constants = inputs[6:]
-    ctx.mark_non_differentiable(raw, factors)
+    streams, *parameters = inputs[:7]
+    _, packed, raw, factors, inverse_rms = output
+    ctx.save_for_backward(streams, raw, packed, factors, inverse_rms, *parameters)
+    ctx.constants = inputs[7:]
+    ctx.mark_non_differentiable(raw, factors, inverse_rms)
 
 
 def _pre_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, *rest = pre_backward(grads[0], grads[1], *ctx.saved_tensors, *ctx.constants)
-    return grad_x, *_parameters(rest), None, None, None, None
+    saved = ctx.saved_tensors
+    grad_x, *rest = pre_backward(grads[0], grads[1], *saved, *ctx.constants)
+    return grad_x, *_parameters(rest, has_norm=saved[-1] is not None), *[None] * 5
 
 
-def _parameters(gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """weight, alpha_pre, alpha_post, alpha_res and bias."""
-    grad_weight, alphas, grad_bias = gradients
+def _parameters(gradients: list[Tensor], *, has_norm: bool) -> tuple[Tensor | None, ...]:
+    """weight, alpha_pre, alpha_post, alpha_res, bias and norm_weight."""
+    grad_weight, alphas, grad_bias, grad_norm = gradients
     grad_res = alphas[2:3] if alphas.shape[0] == 3 else None
-    return grad_weight, alphas[0:1], alphas[1:2], grad_res, grad_bias
+    norm = grad_norm if has_norm else None
+    return grad_weight, alphas[0:1], alphas[1:2], grad_res, grad_bias, norm
 
 
 pre.register_autograd(_pre_gradients, setup_context=_save_pre)
@@ -255,16 +278,18 @@ def post_pre(
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
+    norm_eps: float,
     single_pass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The next streams, u and packed; raw logits and phi's factors for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The next streams, u and packed; raw logits, phi's factors and u's 1/RMS as for ``pre``."""
     options = _options(projection, iterations, eps, rms_eps)
     context = _Context(streams)
-    new_streams, u, new_packed = PostPre.forward(
+    new_streams, u, new_packed, inverse_rms = PostPre.forward(
         context,
         streams,
         branch,
@@ -278,9 +303,13 @@ def post_pre(
         options,
         single_pass,
         context.tiles,
+        None,
+        norm_weight,
+        norm_eps,
     )
     raw, factors = _found((context.saved_tensors[5], context.saved_tensors[7]))
-    return new_streams, u, new_packed, raw, _own(factors, weight)
+    norm = _given(inverse_rms, weight)
+    return new_streams, u, new_packed, raw, _own(factors, weight), norm
 
 
 @post_pre.register_fake
@@ -294,13 +323,15 @@ def _(
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
+    norm_eps: float,
     single_pass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (torch.empty_like(streams), *_fake_read(streams, weight))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (torch.empty_like(streams), *_fake_read(streams, weight, norm_weight))
 
 
 @torch.library.custom_op("mhc_megatron::post_pre_backward", mutates_args=())
@@ -316,33 +347,45 @@ def post_pre_backward(
     raw: Tensor,
     new_packed: Tensor,
     factors: Tensor,
+    inverse_rms: Tensor,
     weight: Tensor,
     alpha_pre: Tensor,
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
+    norm_eps: float,
     single_pass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of streams, branch, branch_bias (empty without), packed, weight, alphas, bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of streams, branch, branch_bias and packed, then as of ``pre_backward``.
+
+    Those of branch_bias and norm_weight are empty without them.
+    """
     saved = (streams, branch, branch_bias, packed, new_streams, raw, new_packed)
     parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
     options = _options(projection, iterations, eps, rms_eps)
     context = _Context(
         streams,
         options,
-        saved_tensors=(*saved, _factors(factors, weight), *parameters),
+        saved_tensors=(
+            *saved,
+            _factors(factors, weight),
+            norm_weight,
+            inverse_rms,
+            *parameters,
+        ),
         single_pass=single_pass,
     )
-    found = PostPre.backward(context, grad_streams, grad_u, grad_new_packed)
-    grad_branch_bias = _given(found[2], branch)
-    grads = _found((*found[:2], grad_branch_bias, *found[3:]))
-    grad_x, grad_branch, _, grad_packed, grad_weight, *alphas, grad_bias = grads
-    alphas_grad = torch.cat(alphas)
-    return grad_x, grad_branch, grad_branch_bias, grad_packed, grad_weight, alphas_grad, grad_bias
+    found = PostPre.backward(context, grad_streams, grad_u, grad_new_packed, None)
+    bias_given, norm_given = _given(found[2], branch), _given(found[-2], weight)
+    grad_x, grad_branch, grad_packed, *rest = _found((*found[:2], *found[3:9]))
+    grad_weight, *alphas, grad_bias = rest
+    parameter_grads = (grad_weight, torch.cat(alphas), grad_bias, norm_given)
+    return grad_x, grad_branch, bias_given, grad_packed, *parameter_grads
 
 
 @post_pre_backward.register_fake
@@ -358,40 +401,46 @@ def _(
     raw: Tensor,
     new_packed: Tensor,
     factors: Tensor,
+    inverse_rms: Tensor,
     weight: Tensor,
     alpha_pre: Tensor,
     alpha_post: Tensor,
     alpha_res: Tensor | None,
     bias: Tensor,
+    norm_weight: Tensor | None,
     projection: str,
     iterations: int,
     eps: float,
     rms_eps: float,
+    norm_eps: float,
     single_pass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch_grad = branch.new_empty(0) if branch_bias is None else torch.empty_like(branch_bias)
     return (
         torch.empty_like(streams),
         torch.empty_like(branch),
         branch_grad,
         torch.empty_like(packed),
-        *_fake_parameters(weight, alpha_res, bias),
+        *_fake_parameters(weight, alpha_res, bias, norm_weight),
     )
 
 
 def _save_post_pre(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    new_streams, _, new_packed, raw, factors = output
-    ctx.save_for_backward(*inputs[:4], new_streams, raw, new_packed, factors, *inputs[4:9])
-    ctx.constants = inputs[9:]
-    ctx.mark_non_differentiable(raw, factors)
+    new_streams, _, new_packed, raw, factors, inverse_rms = output
+    made = (new_streams, raw, new_packed, factors, inverse_rms)
+    ctx.save_for_backward(*inputs[:4], *made, *inputs[4:10])
+    ctx.constants = inputs[10:]
+    ctx.mark_non_differentiable(raw, factors, inverse_rms)
 
 
 def _post_pre_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    found = post_pre_backward(*grads[:3], *ctx.saved_tensors, *ctx.constants)
+    saved = ctx.saved_tensors
+    found = post_pre_backward(*grads[:3], *saved, *ctx.constants)
     grad_x, grad_branch, grad_branch_bias, grad_packed, *rest = found
-    if ctx.saved_tensors[2] is None:
+    if saved[2] is None:
         grad_branch_bias = None
-    return (grad_x, grad_branch, grad_branch_bias, grad_packed, *_parameters(rest), *[None] * 5)
+    states = (grad_x, grad_branch, grad_branch_bias, grad_packed)
+    return *states, *_parameters(rest, has_norm=saved[-1] is not None), *[None] * 6
 
 
 post_pre.register_autograd(_post_pre_gradients, setup_context=_save_post_pre)

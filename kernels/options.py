@@ -5,6 +5,9 @@ from math import factorial
 
 from mhc_megatron.kernels.projections import RESIDUAL_PROJECTIONS
 
+# Of a branch's norm: the default of Megatron's layernorm_epsilon.
+NORM_EPS = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class MappingOptions:

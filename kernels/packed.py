@@ -22,6 +22,8 @@ class PackedMappings:
         through: the same numbers as an output of ``pre``. ``post`` of ``source`` mixes ``through``,
             so that its gradient reaches the backward of ``pre``, which adds its own in passing:
             autograd would write both and add them in a kernel of its own. None after ``post_pre``.
+        inverse_rms: 1/RMS of the branch's input, [T] float32, where it was normalised; with it
+            ``rebuild`` normalises again.
     """
 
     packed: Tensor
@@ -29,6 +31,7 @@ class PackedMappings:
     tokens: torch.Size
     source: Tensor | None = None
     through: Tensor | None = None
+    inverse_rms: Tensor | None = None
 
     def streams_for_post(self, streams: Tensor) -> Tensor:
         """``through`` if ``streams`` are its ``source``."""

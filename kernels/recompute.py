@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels import checks, compositions
 from mhc_megatron.kernels.backends import Backend, choose_backend
+from mhc_megatron.kernels.options import NORM_EPS
 from mhc_megatron.kernels.packed import PackedMappings, pack
 from mhc_megatron.kernels.reference import Mappings
 
@@ -20,7 +21,8 @@ class Rebuilt(NamedTuple):
 
     Attributes:
         streams: of every sublayer but the first, [..., n, C] each.
-        branch_inputs: of every sublayer, before its norm, [..., C] each; the streams' dtype.
+        branch_inputs: of every sublayer, [..., C] each, before its norm or as ``pre`` with
+            ``norm_weight`` gives them; the streams' dtype.
     """
 
     streams: list[Tensor]
@@ -34,6 +36,8 @@ def rebuild(
     mixes: Sequence[Mappings | PackedMappings],
     *,
     branch_biases: Sequence[Tensor | None] | None = None,
+    norm_weights: Sequence[Tensor | None] | None = None,
+    norm_eps: float | None = None,
     out: Rebuilt | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
@@ -48,6 +52,9 @@ def rebuild(
         branches: outputs of all branches but the last, [..., C] each.
         mixes: of all sublayers, what ``pre`` or ``post_pre`` returned.
         branch_biases: [C] or None for each of ``branches``; None for no bias at all.
+        norm_weights: [C] for each branch input that ``pre`` or ``post_pre`` normalised, None for
+            each that it did not; None if there is none.
+        norm_eps: as in the forward.
         out: contiguous memory for the result, of the right shapes; None allocates it.
         backend: as for ``pre``.
         tiles: of the kernel; None for the table of kernels/triton/tiles.py.
@@ -60,7 +67,19 @@ def rebuild(
     """
     biases = [None] * len(branches) if branch_biases is None else list(branch_biases)
     checks.check_streams(streams)
-    _check_counts(len(mixes), branches=len(branches) + 1, branch_biases=len(biases) + 1)
+    weights = [None] * len(mixes) if norm_weights is None else list(norm_weights)
+    _check_counts(
+        len(mixes),
+        branches=len(branches) + 1,
+        branch_biases=len(biases) + 1,
+        norm_weights=len(weights),
+    )
+    if norm_eps is not None and not any(weight is not None for weight in weights):
+        raise ValueError(f"norm_eps: expected None without norm_weights, got {norm_eps}")
+    eps = NORM_EPS if norm_eps is None else norm_eps
+    for weight in weights:
+        if weight is not None:
+            checks.check_norm(streams, weight, eps)
     for branch, bias in zip(branches, biases, strict=True):
         checks.check_branch(streams, branch, bias)
     for mix in mixes:
@@ -76,7 +95,14 @@ def rebuild(
         )
         checks.check_rebuilt(streams, out.streams, out.branch_inputs)
     if choose_backend(streams, backend=backend).name == "reference":
-        states = compositions.rebuild(streams, branches, mixes, branch_biases=biases)
+        states = compositions.rebuild(
+            streams,
+            branches,
+            mixes,
+            branch_biases=biases,
+            norm_weights=weights,
+            norm_eps=eps,
+        )
         for (state, branch_input), index in zip(states, range(len(mixes)), strict=True):
             if index:
                 out.streams[index - 1].copy_(state)
@@ -87,12 +113,37 @@ def rebuild(
         checks.check_kernel_operands(branch=branch, branch_bias=bias)
     for rows in packed:
         checks.check_kernel_operands(mix=rows)
+    inverse_rms = [
+        None if weight is None else _inverse_rms(mix)
+        for weight, mix in zip(weights, mixes, strict=True)
+    ]
+    for weight in weights:
+        checks.check_kernel_operands(norm_weight=weight)
     from mhc_megatron.kernels.triton import launch
     from mhc_megatron.kernels.triton.tiles import default_tiles
 
     tiles = tiles or default_tiles(streams.shape[-2], streams.shape[-1], streams.dtype)
-    launch.rebuild(streams, branches, biases, packed, *out, tile=tiles.rebuild)
+    launch.rebuild(
+        streams,
+        branches,
+        biases,
+        packed,
+        *out,
+        norm_weights=weights,
+        inverse_rms=inverse_rms,
+        tile=tiles.rebuild,
+    )
     return out
+
+
+def _inverse_rms(mix: Mappings | PackedMappings) -> Tensor:
+    """Of a sublayer whose input was normalised; summed again, its last bits might differ."""
+    if isinstance(mix, PackedMappings) and mix.inverse_rms is not None:
+        return mix.inverse_rms
+    raise ValueError(
+        "norm_weights: expected None for mixes that pre and post_pre returned without a "
+        "norm_weight, or from another backend"
+    )
 
 
 def _check_counts(sublayers: int, **given: int) -> None:

@@ -142,6 +142,23 @@ def post_mix(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tens
     return (carried_TnC + written_TnC).to(streams.dtype)
 
 
+def rms_norm(hidden: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """``w u / sqrt(mean(u^2) + eps)``, the RMSNorm of a branch (Zhang, Sennrich 2019).
+
+    Args:
+        hidden: u, [..., C], any floating dtype.
+        weight: w, [C], any floating dtype; one plus a zero-centred one.
+        eps: added to the mean square, inside the square root.
+
+    Returns:
+        [..., C] in ``hidden``'s dtype; computed in float32 (float64 if an operand is float64).
+    """
+    dtype = wide_dtype(hidden, weight)
+    wide = hidden.to(dtype)
+    inverse_rms_T1 = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return (wide * inverse_rms_T1 * weight.to(dtype)).to(hidden.dtype)
+
+
 def expand(hidden: Tensor, *, num_streams: int) -> Tensor:
     """Copy one residual stream into n.
 

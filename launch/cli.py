@@ -22,6 +22,8 @@ class Command:
         add_arguments: name of its ``(parser) -> None``.
         run: name of its ``(arguments) -> exit status``.
         examples: command lines below its help; empty when the module brings its own.
+        passes_on: arguments that its parser does not know are Megatron's: ``run`` finds all of
+            them, known and unknown, in ``argv``.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Command:
     add_arguments: str = "add_arguments"
     run: str = "run"
     examples: tuple[str, ...] = ()
+    passes_on: bool = False
 
 
 COMMANDS = (
@@ -57,15 +60,67 @@ COMMANDS = (
         ),
     ),
     Command(
+        name="pretrain",
+        summary="train in Megatron's own loop: all of its arguments, and --mhc-*",
+        module="mhc_megatron.pretrain.cli",
+        examples=(
+            "torchrun --nproc-per-node 8 -m mhc_megatron.launch.cli pretrain \\",
+            "    --num-layers 24 --hidden-size 2048 ... --mhc-num-streams 4",
+            "mhc-megatron pretrain --megatron-help     Megatron's own arguments",
+        ),
+        passes_on=True,
+    ),
+    Command(
         name="data",
         summary="turn text into training data, and look at what is there",
         module="mhc_megatron.data.cli",
+    ),
+    Command(
+        name="convert",
+        summary="start an mHC model from a plain checkpoint, translate names of state dicts",
+        module="mhc_megatron.convert.cli",
+    ),
+    Command(
+        name="submit",
+        summary="queue the training of a recipe on a SLURM cluster",
+        module="mhc_megatron.launch.slurm.submit",
+    ),
+    Command(
+        name="preflight",
+        summary="whether every node of a job is fit: srun starts it on all ranks",
+        module="mhc_megatron.launch.preflight",
+        examples=("srun mhc-megatron preflight --out /shared/runs/gpt --min-job-bandwidth 20",),
+    ),
+    Command(
+        name="status",
+        summary="the jobs of a run, how far it is, and what every rank does",
+        module="mhc_megatron.launch.slurm.jobs",
+        add_arguments="add_status_arguments",
+        run="run_status",
+        examples=("mhc-megatron status runs/gpt-100m",),
+    ),
+    Command(
+        name="logs",
+        summary="what the newest job of a submitted run has printed",
+        module="mhc_megatron.launch.slurm.jobs",
+        add_arguments="add_logs_arguments",
+        run="run_logs",
+        examples=("mhc-megatron logs runs/gpt-100m --follow",),
     ),
     Command(
         name="report",
         summary="draw the HTML report of finished or running trainings",
         module="mhc_megatron.report.cli",
         examples=("mhc-megatron report runs/stdlib-small",),
+    ),
+    Command(
+        name="trace",
+        summary="exposed communication and exposed mHC in a step that torch.profiler recorded",
+        module="mhc_megatron.report.trace_cli",
+        examples=(
+            "mhc-megatron trace rank_0000.json.gz",
+            "mhc-megatron trace rank_0000.json.gz --range '(0F7;7B3)' --json numbers.json",
+        ),
     ),
     Command(
         name="simulate",
@@ -134,6 +189,9 @@ def _dispatch(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     add_arguments(parser)
+    if command.passes_on:
+        known, _ = parser.parse_known_args(arguments[1:])
+        return run(argparse.Namespace(**vars(known), argv=arguments[1:]))
     return run(parser.parse_args(arguments[1:]))
 
 

@@ -1,8 +1,12 @@
-"""Which process of a run this one is: the only reader of what torchrun and SLURM export."""
+"""What the environment says of this process and its run, and what Megatron wants to find there."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import platform
+import signal
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mhc_megatron.errors import UserError
 
@@ -63,6 +67,32 @@ def world_from_environment(environment: Mapping[str, str] | None = None) -> Worl
     return World(rank=rank, local_rank=local_rank, world_size=world_size)
 
 
+def stop_signals(environment: Mapping[str, str] | None = None) -> tuple[signal.Signals, ...]:
+    """The signals by which a cluster tells this process that its time is up.
+
+    SLURM's, where srun started the ranks themselves: SIGUSR1, which the batch script asks for, and
+    SIGTERM, which a preemption sends. None elsewhere: the local launcher, torchrun and people send
+    SIGTERM to end a run at once.
+
+    Args:
+        environment: the variables; None means this process's own.
+    """
+    variables = os.environ if environment is None else environment
+    if "RANK" in variables or "SLURM_STEP_ID" not in variables:
+        return ()
+    return (signal.SIGUSR1, signal.SIGTERM)
+
+
+def node_name() -> str:
+    """The name of this node, as SLURM calls it where it started this process."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def cuda_connections() -> str | None:
+    """``CUDA_DEVICE_MAX_CONNECTIONS``, hardware queues of a GPU; None where CUDA decides."""
+    return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+
+
 def _number(variables: Mapping[str, str], name: str, names: tuple[str, ...]) -> int:
     text = variables.get(name)
     if text is None:
@@ -70,3 +100,40 @@ def _number(variables: Mapping[str, str], name: str, names: tuple[str, ...]) -> 
     if not text.isdecimal():
         raise UserError(f"{name}={text!r} is not a number of 0 or more")
     return int(text)
+
+
+def mhc_variables() -> dict[str, str]:
+    """The variables that begin with ``MHC_``: options of the hyper-connections."""
+    return {name: text for name, text in os.environ.items() if name.startswith("MHC_")}
+
+
+@contextlib.contextmanager
+def training_loop_environment(world: World | None, *, datasets: Path) -> Iterator[None]:
+    """Variables for ``megatron.training`` while the context is open; afterwards as they were.
+
+    Megatron reads torchrun's names only. It also runs ``make`` in its folder of datasets and exits
+    where that fails, which it does in the published wheels: their helper is compiled and they have
+    no Makefile. ``make`` takes a goal with nothing to do from ``MAKEFLAGS``.
+
+    Args:
+        world: this process among the run's; None if it is the only one.
+        datasets: the folder ``megatron/core/datasets``.
+    """
+    place = world or World(rank=0, local_rank=0, world_size=1)
+    variables = {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world_size),
+    }
+    if not (datasets / "Makefile").exists():
+        variables["MAKEFLAGS"] = "--eval=all:;"
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            if text is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = text

@@ -12,7 +12,6 @@ import ctypes
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.launch.port import reserved_port
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _USER_ERROR = 2  # the exit status of mhc-megatron after a UserError
@@ -115,7 +115,7 @@ def launch_local(
         raise UserError(f"num_processes={num_processes} must be at least 1")
     events: _Events = queue.SimpleQueue()
     ranks: list[_Rank] = []
-    with _reserved_port() as port, _signals_into(events):
+    with reserved_port() as port, _signals_into(events):
         try:
             for number in range(num_processes):
                 ranks.append(_start(module, args, number, num_processes, port))
@@ -256,19 +256,6 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
             os._exit(1)
 
     return ask_the_kernel
-
-
-@contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
-    """A free port that nobody else is given while the context is open.
-
-    The socket stays bound without listening: the kernel hands its port to no one who asks for any,
-    but rank 0's store, which sets SO_REUSEADDR as this socket does, may still listen on it.
-    """
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
 
 
 @contextlib.contextmanager

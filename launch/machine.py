@@ -106,7 +106,7 @@ def read_machine() -> Machine:
         torch=torch,
         torch_problem=torch_problem,
         core=_read_core(_find_core()),
-        gpus=read_gpus(_pynvml()),
+        gpus=read_gpus(load_nvml()),
         slurm=_read_slurm(),
         cores=os.cpu_count() or 1,
         disk_free=shutil.disk_usage(Path.cwd()).free,
@@ -176,7 +176,8 @@ def _core_version(package_info: Path) -> str:
     return ".".join(numbers) + constants["PRE_RELEASE"]
 
 
-def _pynvml() -> object | None:
+def load_nvml() -> object | None:
+    """nvidia-ml-py's module; None where it is not installed."""
     try:
         return importlib.import_module("pynvml")
     except ImportError:

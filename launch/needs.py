@@ -7,6 +7,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from mhc_megatron.errors import UserError
+from mhc_megatron.fp8 import Platform, reject_unsupported_precision
 from mhc_megatron.launch.checks import (
     DATA_HELPER,
     Check,
@@ -35,6 +37,7 @@ def recipe_checks(config: TrainConfig, machine: Machine) -> list[Check]:
         _processes(config, machine),
         *_dtype(config, machine),
         *_transformer_engine(config, machine),
+        *_fp8(config, machine),
         *_data(config, machine),
     ]
 
@@ -94,6 +97,26 @@ def _dtype(config: TrainConfig, machine: Machine) -> Iterator[Check]:
     found = f"compute capability {oldest[0]}.{oldest[1]}"
     if config.dtype == "bf16" and oldest < _BF16_CAPABILITY:
         yield Check(name=name, status="missing", found=found, note="bf16 needs 8.0; set dtype=fp16")
+    else:
+        yield Check(name=name, status="ok", found=found)
+
+
+def _fp8(config: TrainConfig, machine: Machine) -> Iterator[Check]:
+    if config.fp8 is None or not _on_gpu(machine):  # without a GPU, Transformer Engine is missing
+        return
+    assert machine.torch is not None
+    engine = machine.versions.get("transformer-engine")
+    name, capability = f"fp8_recipe={config.fp8_recipe}", min(machine.torch.capabilities)
+    platform = Platform(
+        transformer_engine=None if engine is None else Version(engine),
+        capability=capability,
+        cuda=None if machine.torch.cuda is None else Version(machine.torch.cuda),
+    )
+    found = f"compute capability {capability[0]}.{capability[1]}, CUDA {machine.torch.cuda}"
+    try:
+        reject_unsupported_precision(config, platform)
+    except UserError as error:
+        yield Check(name=name, status="missing", found=found, note=str(error))
     else:
         yield Check(name=name, status="ok", found=found)
 

@@ -4,6 +4,7 @@ The modules behind it are imported when it is asked for: other commands need no 
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from mhc_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from mhc_megatron.pipeline.costs import Costs
+    from mhc_megatron.pipeline.forecast import Forecast
     from mhc_megatron.pipeline.memory import StageSize
     from mhc_megatron.pipeline.schedule import Schedule
     from mhc_megatron.pipeline.timeline import Timeline
@@ -40,6 +42,7 @@ examples:
   mhc-megatron simulate --schedule zb_h1 --ranks 4 --micro-batches 16 --costs costs.json --out sim
   mhc-megatron simulate --schedule interleaved --chunks 4 --ranks 4 --micro-batches 16
   mhc-megatron simulate --schedule dualpipe_v --ranks 8 --micro-batches 32 --hidden 2560 --seq 4096
+  mhc-megatron simulate --schedule dualpipe_v --ranks 4 --micro-batches 16 --overlap all --experts
   mhc-megatron simulate --csv schedule.csv --out sim
 """
 
@@ -87,6 +90,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="sublayers rebuilt from one kept state (default: the best; 0 keeps everything)",
     )
+    pair = parser.add_argument_group(
+        "overlap", "what parallel.overlap makes of a forward beside a backward; layers are alike"
+    )
+    pair.add_argument(
+        "--overlap",
+        choices=("post", "recompute", "all"),
+        help="interleave their phases; times of stages come from those of the phases",
+    )
+    pair.add_argument(
+        "--phase-costs",
+        metavar="FILE",
+        help='JSON: {"attention": {"forward": 2.1, "dgrad": 3.0, "wgrad": 1.2}, ...}, all phases; '
+        "without it, rough proportions",
+    )
+    pair.add_argument("--experts", action="store_true", help="MLPs are experts (MoE)")
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -104,20 +122,73 @@ def run(args: argparse.Namespace) -> int:
     from mhc_megatron.pipeline.recompute import place_recompute
     from mhc_megatron.pipeline.simulate import simulate
     from mhc_megatron.pipeline.validate import validate
+    from mhc_megatron.report.lanes import format_lanes
     from mhc_megatron.report.simulation import format_simulation
 
     try:
         schedule = _schedule(args)
         validate(schedule)
+        pair = _pair(args, schedule)
         if args.place_recompute:
-            schedule = place_recompute(schedule)
-        timeline = simulate(schedule, _costs(args, schedule))
+            ahead = args.overlap in ("recompute", "all")
+            schedule = place_recompute(schedule, in_overlaps=not ahead)
+        timeline = simulate(schedule, _costs(args, schedule, pair))
     except ScheduleError as error:
         raise UserError(str(error)) from error
     print(format_simulation(timeline))
+    if pair is not None:
+        print(f"\n{format_lanes(pair)}")
     if args.out is not None:
-        _write(timeline, Path(args.out))
+        _write(timeline, Path(args.out), pair)
     return 0
+
+
+def _pair(args: argparse.Namespace, schedule: "Schedule") -> "Forecast | None":
+    """What an Overlap comes to; None without ``--overlap``."""
+    from mhc_megatron.pipeline.actions import Overlap
+    from mhc_megatron.pipeline.blocks import best_block, check_block, recompute_plan
+    from mhc_megatron.pipeline.errors import ScheduleError
+    from mhc_megatron.pipeline.forecast import forecast, phase_costs_from_json
+    from mhc_megatron.pipeline.interleave import ESTIMATED_COSTS
+    from mhc_megatron.pipeline.phases import stage_phases
+
+    if args.overlap is None:
+        if args.phase_costs is not None or args.experts:
+            raise UserError(
+                "--phase-costs and --experts describe --overlap; give it, or leave both"
+            )
+        return None
+    if not any(isinstance(action, Overlap) for row in schedule.ranks for action in row):
+        raise UserError(
+            f"--overlap {args.overlap}: {schedule.name} pairs no forward with a backward; "
+            "use dualpipe_v or dualpipe"
+        )
+    layers = _layers_per_stage(args, schedule)
+    block = args.recompute_block
+    if args.overlap == "post":
+        block = 0
+    elif block is None:
+        block = best_block(num_sublayers=2 * layers, num_streams=args.streams or 4)
+    elif block < 1:
+        raise UserError(
+            f"--overlap {args.overlap} with --recompute-block {block} has nothing to rebuild; "
+            "use --overlap post"
+        )
+    check_block(block, num_sublayers=2 * layers)
+    plan = recompute_plan(num_sublayers=2 * layers, block=block)
+    phases = stage_phases(
+        [args.experts] * layers,
+        args.overlap,
+        block_ends={rebuilt.stop - 1 for rebuilt in plan},
+        loss=False,
+    )
+    costs = ESTIMATED_COSTS
+    if args.phase_costs is not None:
+        try:
+            costs = phase_costs_from_json(_read(args.phase_costs))
+        except ScheduleError as error:
+            raise ScheduleError(f"{args.phase_costs}: {error}") from None
+    return forecast(phases, costs, rebuild=args.overlap != "post")
 
 
 def _schedule(args: argparse.Namespace) -> "Schedule":
@@ -149,15 +220,18 @@ def _schedule(args: argparse.Namespace) -> "Schedule":
     )
 
 
-def _costs(args: argparse.Namespace, schedule: "Schedule") -> "Costs":
-    """What the sizes say, changed by the cost file."""
+def _costs(args: argparse.Namespace, schedule: "Schedule", pair: "Forecast | None") -> "Costs":
+    """What the sizes and phases say, changed by the cost file."""
     from mhc_megatron.pipeline.costs import Costs, StageCosts, costs_from_json
     from mhc_megatron.pipeline.errors import ScheduleError
 
-    costs = Costs()
+    stage = StageCosts() if pair is None else pair.stage_costs()
+    costs = Costs(default=stage)
     size = _size(args, schedule)
     if size is not None:
-        stage = StageCosts(held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes)
+        stage = dataclasses.replace(
+            stage, held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes
+        )
         costs = Costs(default=stage, message_bytes=size.message_bytes)
     if args.costs is None:
         return costs
@@ -178,17 +252,24 @@ def _size(args: argparse.Namespace, schedule: "Schedule") -> "StageSize | None":
     }
     given = {name: value for name, value in given.items() if value is not None}
     if args.hidden is None or args.seq is None:
+        if args.overlap is not None and args.hidden is None and args.seq is None:
+            return None  # layers and blocks are those of its phases
         if given or args.hidden is not None or args.seq is not None:
             raise UserError("bytes need both --hidden and --seq; give them, or none of the sizes")
         return None
-    if args.layers is not None:
-        if args.layers < 1 or args.layers % schedule.num_stages:
-            raise UserError(
-                f"--layers {args.layers} is not a multiple of the {schedule.num_stages} stages; "
-                "change it, or give the bytes of each stage in --costs"
-            )
-        given["num_layers"] = args.layers // schedule.num_stages
+    given["num_layers"] = _layers_per_stage(args, schedule)
     return StageSize(hidden=args.hidden, seq=args.seq, **given)
+
+
+def _layers_per_stage(args: argparse.Namespace, schedule: "Schedule") -> int:
+    if args.layers is None:
+        return 1
+    if args.layers < 1 or args.layers % schedule.num_stages:
+        raise UserError(
+            f"--layers {args.layers} is not a multiple of the {schedule.num_stages} stages; "
+            "change it, or give the bytes of each stage in --costs"
+        )
+    return int(args.layers) // schedule.num_stages
 
 
 def _read(name: str) -> str:
@@ -199,14 +280,17 @@ def _read(name: str) -> str:
         raise UserError(f"{name}: {reason}; name a readable text file") from error
 
 
-def _write(timeline: "Timeline", folder: Path) -> None:
+def _write(timeline: "Timeline", folder: Path, pair: "Forecast | None") -> None:
     from mhc_megatron.pipeline.draw import to_svg
+    from mhc_megatron.pipeline.draw_lanes import lanes_to_svg
     from mhc_megatron.pipeline.text import to_csv
     from mhc_megatron.pipeline.trace import to_chrome_trace
     from mhc_megatron.report.simulation import simulation_page
 
     svg = to_svg(timeline)
     files = {"timeline.svg": svg, "index.html": simulation_page(timeline, svg)}
+    if pair is not None:
+        files["overlap.svg"] = lanes_to_svg(pair, "a forward beside a backward")
     number = timeline.schedule.num_actions
     if number <= _MAX_WRITTEN:
         files["trace.json"] = to_chrome_trace(timeline)

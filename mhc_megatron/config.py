@@ -9,7 +9,8 @@ from mhc_megatron.pipeline.blocks import PolicyName, RecomputePolicy
 from mhc_megatron.pipeline.errors import ScheduleError
 
 Projection = Literal["sinkhorn", "sinkhorn_v4", "permutation", "identity", "unconstrained"]
-Contraction = Literal["mean", "sum", "learned"]
+Variant = Literal["two_pass", "single_pass"]
+Contraction = Literal["mean", "sum", "learned", "read"]
 Backend = Literal["auto", "triton", "reference"]
 
 # mHC-lite mixes all n! permutation matrices, so its projection grows with n!.
@@ -22,6 +23,9 @@ class MHCConfig:
 
     Attributes:
         num_streams: n, the number of parallel residual streams.
+        variant: which state gives a branch's read weights H_pre: ``two_pass`` the state it reads
+            (mHC paper, Eq. 3), ``single_pass`` the state before it (DeepSeek-V4.1), so that
+            writing the streams and reading them again are one pass over them.
         projection: how the residual mapping H_res is kept on its manifold:
             ``sinkhorn`` (mHC paper, Eq. 9), ``sinkhorn_v4`` (DeepSeek-V4's eps floor),
             ``permutation`` (mHC-lite, a convex mix of all n! permutations), ``identity``
@@ -32,19 +36,22 @@ class MHCConfig:
             with 1e-20; the default keeps the gradient of an all-zero (padding) token finite.
         sinkhorn_eps: the floor of ``sinkhorn_v4`` (DeepSeek-V4's ``hc_eps``); no other
             projection has one.
-        contraction: how the streams become one before the final norm: ``mean``, ``sum``, or
-            ``learned`` (DeepSeek-V4's sigmoid head).
+        contraction: how the streams become one before the final norm: ``mean``, ``sum``,
+            ``learned`` (DeepSeek-V4's sigmoid head), or, with ``single_pass``, ``read``: the
+            last sublayer's H_pre, which has no other reader (DeepSeek-V4.1).
         backend: ``triton`` runs the fused kernels and raises where they cannot run, ``reference``
             plain torch; ``auto`` takes the kernels where they can run and logs what it took.
-        recompute, recompute_block: which sublayers' states are dropped after the forward and
-            rebuilt before the backward, as ``RecomputePolicy`` says. Gradients are the same bits.
-            The reference keeps float32 copies of half-precision streams that no policy drops.
+        recompute: which sublayers' states are dropped after the forward and rebuilt before the
+            backward, as ``RecomputePolicy`` says. Gradients are the same bits. The reference
+            keeps float32 copies of half-precision streams that no policy drops.
+        recompute_block: sublayers of a block of ``recompute="block"``, and of no other policy.
 
     Raises:
         UserError: a value is out of range; the message names it.
     """
 
     num_streams: int = 4
+    variant: Variant = "two_pass"
     projection: Projection = "sinkhorn"
     sinkhorn_iterations: int = 20
     init_gate: float = 0.01
@@ -59,6 +66,7 @@ class MHCConfig:
         if self.num_streams < 1:
             raise UserError(f"num_streams={self.num_streams} must be at least 1 (the paper uses 4)")
         for name, allowed in (
+            ("variant", get_args(Variant)),
             ("projection", get_args(Projection)),
             ("contraction", get_args(Contraction)),
             ("backend", get_args(Backend)),
@@ -82,6 +90,19 @@ class MHCConfig:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be positive")
         _ = self.recompute_policy
+        if self.contraction == "read" and self.variant != "single_pass":
+            raise UserError(
+                f"contraction='read' with variant={self.variant!r} has nothing to read with: every "
+                "H_pre is used by its own sublayer; use variant='single_pass', or "
+                "contraction='mean'"
+            )
+        if self.recompute != "none" and self.variant == "single_pass":
+            raise UserError(
+                f"recompute={self.recompute!r} with variant='single_pass' would rebuild a branch's "
+                "input with the H_pre of its own sublayer, which did not read it; use "
+                "recompute='none' (Megatron's full recompute of layers works), or "
+                "variant='two_pass'"
+            )
 
     @property
     def recompute_policy(self) -> RecomputePolicy:
@@ -90,6 +111,12 @@ class MHCConfig:
             return RecomputePolicy(name=self.recompute, block=self.recompute_block)
         except ScheduleError as error:
             raise UserError(str(error)) from None
+
+    @property
+    def hidden_parts(self) -> int:
+        """C-wide parts of the hidden states between pipeline stages: the n streams, and under
+        ``single_pass`` the next branch's input beside them."""
+        return self.num_streams + (self.variant == "single_pass")
 
     @property
     def num_res_logits(self) -> int:

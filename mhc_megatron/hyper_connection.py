@@ -4,12 +4,15 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhc_megatron import kernels
+from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.main_grad import AddedToMainGrad, main_grad_of
 from mhc_megatron.precision import KeepFP32, float32_parameter
 
 # Logits far enough apart that the mapping starts near its target, near enough to be learnt.
@@ -19,22 +22,37 @@ _PERMUTATION_BIAS = -8.0
 _LOGGER = logging.getLogger(__name__)
 
 Mix = kernels.Mappings | kernels.PackedMappings
+# Runs a kernel with its operands and settings, and returns what that returns.
+Observer = Callable[..., Any]
 
 
 class MappingProjection(nn.Module):
-    """Phi of one hyper-connection: ``weight`` [M, n*C], float32. A call returns it."""
+    """Phi of one hyper-connection: ``weight`` [M, n*C], float32. A call returns it.
 
-    def __init__(self, *, num_logits: int, width: int) -> None:
+    With ``gradient_accumulation_fusion``, backward adds its gradient to Megatron's ``main_grad``.
+    """
+
+    def __init__(self, *, num_logits: int, width: int, gradient_accumulation_fusion: bool) -> None:
         super().__init__()
         self.weight = float32_parameter(num_logits, width)
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
 
     def forward(self) -> Tensor:
         """[M, n*C]."""
-        return self.weight
+        if self.main_grad() is None:
+            return self.weight
+        return AddedToMainGrad.apply(self.weight)
+
+    def main_grad(self) -> Tensor | None:
+        """[M, n*C], what the kernels are to add the gradient to."""
+        return main_grad_of(self.weight) if self.gradient_accumulation_fusion else None
 
 
 class HyperConnection(KeepFP32):
     """``x' = H_res x + H_post^T F(H_pre x)`` (mHC paper, Eq. 3) for a caller-supplied branch F.
+
+    With ``mhc.variant="single_pass"`` (DeepSeek-V4.1) F reads with the previous hyper-connection's
+    H_pre, and this one's is for the next.
 
     The three mappings depend on the token: they are projected from the RMS-normalised n*C vector
     (Eq. 7) and brought onto their manifolds (Eq. 8, 9). All parameters are float32 and named as in
@@ -46,15 +64,32 @@ class HyperConnection(KeepFP32):
         hidden_size: C.
         sublayer: zero-based depth of the branch in the model (attention 2l, MLP 2l + 1); the
             initialisation reads most from stream ``sublayer mod n``, its home stream.
+            Under ``single_pass`` this H_pre starts at the next branch's home stream.
+        gradient_accumulation_fusion: as in Megatron's configuration: under its DDP, the kernels
+            add phi's gradient to ``main_grad``. The same bits.
+
+    Attributes:
+        observer: runs the calls of the kernels, ``observer(kernel, *operands, **settings)``, and
+            sees what goes in and comes out; None for nobody. ``post_pre`` is seen by the observer
+            of the hyper-connection whose mappings it makes.
     """
 
-    def __init__(self, mhc: MHCConfig, *, hidden_size: int, sublayer: int) -> None:
+    def __init__(
+        self,
+        mhc: MHCConfig,
+        *,
+        hidden_size: int,
+        sublayer: int,
+        gradient_accumulation_fusion: bool = False,
+    ) -> None:
         super().__init__()
         self.mhc = mhc
         self.num_streams = mhc.num_streams
         self.sublayer = sublayer
         self.mapping_proj = MappingProjection(
-            num_logits=mhc.num_logits, width=mhc.num_streams * hidden_size
+            num_logits=mhc.num_logits,
+            width=mhc.num_streams * hidden_size,
+            gradient_accumulation_fusion=gradient_accumulation_fusion,
         )
         self.alpha_pre = float32_parameter(1)
         self.alpha_post = float32_parameter(1)
@@ -67,7 +102,7 @@ class HyperConnection(KeepFP32):
             rms_eps=mhc.rms_eps,
         )
         self._announced = False
-        self.observer: Callable[[Tensor], None] | None = None
+        self.observer: Observer | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -77,7 +112,8 @@ class HyperConnection(KeepFP32):
         for alpha in (self.alpha_pre, self.alpha_post, self.alpha_res):
             if alpha is not None:
                 alpha.fill_(self.mhc.init_gate)
-        self.bias.copy_(initial_bias(self.mhc, home_stream=self.sublayer % self.num_streams))
+        reader = self.sublayer + (self.mhc.variant == "single_pass")
+        self.bias.copy_(initial_bias(self.mhc, home_stream=reader % self.num_streams))
 
     def forward(self) -> tuple[Tensor, kernels.Gates, Tensor]:
         """Phi [M, n*C], the three gates [1] and the bias [M], for ``pre`` and ``post_pre``.
@@ -88,22 +124,34 @@ class HyperConnection(KeepFP32):
         gates = (self.alpha_pre, self.alpha_post, self.alpha_res)
         return self.mapping_proj(), gates, self.bias
 
-    def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
-        """The branch's input and the coefficients that ``post`` needs.
+    def pre(self, streams: Tensor, *, norm: BranchNorm | None = None) -> tuple[Tensor, Mix]:
+        """The streams read with H_pre, and the coefficients that ``post`` needs.
 
         Args:
             streams: [s, b, n*C], any floating dtype.
+            norm: of the branch. Where the kernels run they apply it, and ``normalises`` is true of
+                the mappings; elsewhere it is the caller's to call.
 
         Returns:
-            ([s, b, C] in the streams' dtype, the float32 mappings per token).
+            ([s, b, C] in the streams' dtype, the float32 mappings per token). The first is the
+            branch's input, under ``single_pass`` nobody's.
 
         Raises:
             ValueError: ``mhc.backend="triton"`` cannot run here, and why.
         """
         x = self._unflatten(streams)
         self._announce(x)
-        branch_input, mix = kernels.pre(x, *self(), options=self._options, backend=self.mhc.backend)
-        self._observe(mix)
+        norm_weight, norm_eps = self._norm_of(norm, x)
+        branch_input, mix = self._run(
+            kernels.pre,
+            x,
+            *self(),
+            options=self._options,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+            main_grad=self.mapping_proj.main_grad(),
+            backend=self.mhc.backend,
+        )
         return branch_input, mix
 
     def post(
@@ -121,9 +169,10 @@ class HyperConnection(KeepFP32):
             [s, b, n*C] in the streams' dtype.
         """
         x = self._read_by(mix, streams)
-        return kernels.post(
-            x, branch, mix, branch_bias=branch_bias, backend=self.mhc.backend
-        ).flatten(-2)
+        next_streams = self._run(
+            kernels.post, x, branch, mix, branch_bias=branch_bias, backend=self.mhc.backend
+        )
+        return next_streams.flatten(-2)
 
     def post_pre(
         self,
@@ -133,27 +182,61 @@ class HyperConnection(KeepFP32):
         following: "HyperConnection",
         *,
         branch_bias: Tensor | None = None,
+        norm: BranchNorm | None = None,
     ) -> tuple[Tensor, Tensor, Mix]:
-        """``post`` of this branch and ``following.pre``, in one pass over the streams.
+        """``post`` of this branch and ``following.pre``, in one call of the kernels.
+
+        Under ``single_pass`` the next branch's input is ``read`` with this branch's mappings.
 
         Args:
             streams, branch, mix, branch_bias: as for ``post``.
             following: the hyper-connection around the next branch.
+            norm: of the next branch, as for ``pre``.
 
         Returns:
             The next streams [s, b, n*C], the next branch's input [s, b, C] and its mappings.
         """
-        next_streams, branch_input, next_mix = kernels.post_pre(
-            self._read_by(mix, streams),
-            branch,
-            mix,
-            *following(),
-            options=following._options,
-            branch_bias=branch_bias,
-            backend=self.mhc.backend,
-        )
-        following._observe(next_mix)
+        x = self._read_by(mix, streams)
+        operands = (x, branch, mix, *following())
+        settings: dict[str, Any] = {
+            "options": following._options,
+            "branch_bias": branch_bias,
+            "main_grad": following.mapping_proj.main_grad(),
+            "backend": self.mhc.backend,
+        }
+        if self.mhc.variant == "single_pass":
+            next_streams, branch_input, next_mix = following._run(
+                kernels.single_pass, *operands, **settings
+            )
+        else:
+            norm_weight, norm_eps = following._norm_of(norm, x)
+            next_streams, branch_input, next_mix = following._run(
+                kernels.post_pre,
+                *operands,
+                norm_weight=norm_weight,
+                norm_eps=norm_eps,
+                **settings,
+            )
         return next_streams.flatten(-2), branch_input, next_mix
+
+    def _norm_of(self, norm: BranchNorm | None, x: Tensor) -> tuple[Tensor | None, float | None]:
+        """Weight and eps of a norm that the kernels apply; None of what is left to the caller."""
+        if norm is None:
+            return None, None
+        choice = kernels.choose_backend(x, options=self._options, backend=self.mhc.backend)
+        return (norm(), norm.eps) if choice.name == "triton" else (None, None)
+
+    def read(self, next_streams: Tensor, mix: Mix) -> Tensor:
+        """The next branch's input under ``single_pass``, where ``post_pre`` is not to be had.
+
+        Args:
+            next_streams: [s, b, n*C], what ``post`` returned.
+            mix: this branch's mappings.
+
+        Returns:
+            [s, b, C] in the streams' dtype.
+        """
+        return self._run(kernels.pre_mix, self._unflatten(next_streams), mix.pre)
 
     def _read_by(self, mix: Mix, streams: Tensor) -> Tensor:
         """``streams`` as the tensor that ``pre`` read, by which the kernels know it again."""
@@ -170,9 +253,35 @@ class HyperConnection(KeepFP32):
             self._announced = True
             _log_once(kernels.choose_backend(x, options=self._options), on_gpu=x.is_cuda)
 
-    def _observe(self, mix: Mix) -> None:
-        if self.observer is not None:
-            self.observer(mix.res.detach())
+    def _run(self, kernel: Callable[..., Any], *operands: Any, **settings: Any) -> Any:
+        if self.observer is None:
+            return kernel(*operands, **settings)
+        return self.observer(kernel, *operands, **settings)
+
+
+def mappings_to(record: Callable[[Tensor], None]) -> Observer:
+    """An observer that hands every H_res [..., n, n], without its graph, to ``record``."""
+
+    def observer(kernel: Callable[..., Any], *operands: Any, **settings: Any) -> Any:
+        returned = kernel(*operands, **settings)
+        mix = returned[-1] if isinstance(returned, tuple) else None
+        if isinstance(mix, Mix):
+            record(mix.res.detach())
+        return returned
+
+    return observer
+
+
+def normalises(mix: Mix) -> bool:
+    """Whether the branch's input that came with these mappings is normalised already."""
+    return isinstance(mix, kernels.PackedMappings) and mix.inverse_rms is not None
+
+
+def tensors_of(mix: Mix) -> tuple[Tensor | None, ...]:
+    """The memory of a sublayer's mappings, for those who move between streams."""
+    if isinstance(mix, kernels.PackedMappings):
+        return mix.packed, mix.inverse_rms
+    return tuple(mix)
 
 
 @functools.cache

@@ -10,12 +10,13 @@ summed in the same order as without recompute, and a split backward finds what i
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhc_megatron import kernels
+from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.hyper_connection import Mix
+from mhc_megatron.hyper_connection import Mix, Observer, normalises
 from mhc_megatron.pipeline.blocks import recompute_plan
 from mhc_megatron.pipeline.errors import ScheduleError
 
@@ -42,16 +43,19 @@ class _Dropped:
 class _Block:
     """The sublayers of one block in one forward. Holds aliases only, so the graph can own it."""
 
-    def __init__(self, streams: Tensor, mhc: MHCConfig) -> None:
+    def __init__(self, streams: Tensor, mhc: MHCConfig, observer: Observer | None) -> None:
         self._first: Tensor | None = streams.data
         self._mhc = mhc
+        self._observer = observer
         self._states: list[_Dropped] = []
         self._inputs: list[_Dropped] = []
         self._normed: list[tuple[int, _Dropped, Callable[[Tensor], Tensor]]] = []
+        self._norm_weights: list[Tensor | None] = []
         self._branches: list[Tensor] = []
         self._biases: list[Tensor | None] = []
         self._mixes: list[Mix] = []
         self._spent = False
+        self._ahead: torch.cuda.Event | None = None
         if streams.requires_grad:
             streams.register_hook(self._leave)
 
@@ -59,11 +63,16 @@ class _Block:
         self,
         branch_input: Tensor,
         normed: Tensor,
-        norm: Callable[[Tensor], Tensor],
+        norm: nn.Module,
         output: Tensor,
         bias: Tensor | None,
         mix: Mix,
     ) -> None:
+        norm_weight = None
+        if normalises(mix):
+            assert isinstance(norm, BranchNorm)
+            norm_weight = norm.weight.data
+        self._norm_weights.append(norm_weight)
         if normed.untyped_storage()._cdata != branch_input.untyped_storage()._cdata:
             self._normed.append((len(self._inputs), _Dropped(normed), norm))
         self._inputs.append(_Dropped(branch_input))
@@ -82,32 +91,57 @@ class _Block:
                 "first; use recompute='none' for retain_graph=True"
             )
         self.rebuild()
+        if self._ahead is not None:
+            torch.cuda.current_stream().wait_event(self._ahead)
+            self._ahead = None
+
+    def rebuild_ahead(self, user: "torch.cuda.Stream | None") -> None:
+        """``rebuild`` on the current stream; what enters the block waits for it.
+
+        Args:
+            user: the stream on which the block's branches run; None on the CPU.
+        """
+        filled = [self._states, self._inputs, [dropped for _, dropped, _ in self._normed]]
+        aliases = [dropped.alias for held in filled for dropped in held]
+        self.rebuild()
+        if user is not None:
+            for alias in aliases:
+                alias.record_stream(user)
+            self._ahead = torch.cuda.current_stream().record_event()
 
     @torch.no_grad()
     def rebuild(self) -> None:
         """Fill what was dropped; nothing if that is done."""
         if self._first is None:
             return
-        n = self._mhc.num_streams
-        inputs = [dropped.restore() for dropped in self._inputs]
-        states = [dropped.restore().unflatten(-1, (n, -1)) for dropped in self._states]
-        kernels.rebuild(
-            self._first.unflatten(-1, (n, -1)),
-            self._branches[:-1],
-            self._mixes,
-            branch_biases=self._biases[:-1],
-            out=kernels.Rebuilt(states, inputs),
-            backend=self._mhc.backend,
-        )
-        for index, dropped, norm in self._normed:
-            dropped.restore().copy_(norm(inputs[index]))
+        if self._observer is None:
+            self._fill(self._first)
+        else:
+            self._observer(self._fill, self._first)
         # The kernels' backward reads states once. The reference's nodes are many, and a split
         # backward returns to some of them.
         if not isinstance(self._mixes[0], kernels.PackedMappings):
             self._states.clear()
         for held in (self._inputs, self._normed, self._branches, self._biases, self._mixes):
             held.clear()
+        self._norm_weights.clear()
         self._first = None
+
+    def _fill(self, first: Tensor) -> None:
+        n = self._mhc.num_streams
+        inputs = [dropped.restore() for dropped in self._inputs]
+        states = [dropped.restore().unflatten(-1, (n, -1)) for dropped in self._states]
+        kernels.rebuild(
+            first.unflatten(-1, (n, -1)),
+            self._branches[:-1],
+            self._mixes,
+            branch_biases=self._biases[:-1],
+            norm_weights=self._norm_weights,
+            out=kernels.Rebuilt(states, inputs),
+            backend=self._mhc.backend,
+        )
+        for index, dropped, norm in self._normed:
+            dropped.restore().copy_(norm(inputs[index]))
 
     def _leave(self, _: Tensor) -> None:
         """Called with the gradient of the first state: nobody reads the others any more."""
@@ -124,11 +158,15 @@ class ForwardRecompute:
     the backward enters first, while the gradient is still on its way.
     """
 
-    def __init__(self, plan: Sequence[range], mhc: MHCConfig) -> None:
+    def __init__(
+        self, plan: Sequence[range], mhc: MHCConfig, observer: Observer | None = None
+    ) -> None:
         self._starts = {block.start for block in plan}
         self._ends = {block.stop - 1 for block in plan}
         self._mhc = mhc
+        self._observer = observer
         self._block: _Block | None = None
+        self._blocks: list[_Block] = []
         self._storage: int | None = None
 
     def branch_done(
@@ -138,7 +176,7 @@ class ForwardRecompute:
         streams: Tensor,
         branch_input: Tensor,
         normed: Tensor,
-        norm: Callable[[Tensor], Tensor],
+        norm: nn.Module,
         output: Tensor,
         bias: Tensor | None,
         mix: Mix,
@@ -149,7 +187,8 @@ class ForwardRecompute:
             sublayer: its number in the stage, from 0 and in order.
             streams: what it reads, [s, b, n*C].
             branch_input, normed: [s, b, C] before and after ``norm``.
-            norm: of the branch; the identity if the branch has its norm inside.
+            norm: of the branch; the identity if the branch has its norm inside. What the
+                hyper-connection normalised it normalises again, with this one's weight.
             output, bias: of the branch, [s, b, C] and [C] or None.
             mix: the sublayer's mappings.
 
@@ -163,7 +202,8 @@ class ForwardRecompute:
                 "be rebuilt; leave them as they are, or use recompute='none'"
             )
         if sublayer in self._starts:
-            self._block = _Block(streams, self._mhc)
+            self._block = _Block(streams, self._mhc, self._observer)
+            self._blocks.append(self._block)
         assert self._block is not None
         self._block.branch_done(branch_input, normed, norm, output, bias, mix)
 
@@ -183,6 +223,10 @@ class ForwardRecompute:
                 node.register_prehook(self._block.enter)
         self._storage = new_streams.untyped_storage()._cdata
 
+    def blocks_from_the_end(self) -> list[_Block]:
+        """In the order in which the backward enters them."""
+        return self._blocks[::-1]
+
     def rebuild(self) -> None:
         """Rebuild the last block now; what is not called happens in the backward."""
         assert self._block is not None
@@ -198,6 +242,8 @@ class StreamRecompute:
 
     Attributes:
         plan: the sublayers of each block.
+        observer: runs the rebuilding of every block whose forward starts from now on, as that of a
+            ``HyperConnection`` runs its kernels; None for nobody.
 
     Raises:
         UserError: the stage is shorter than the block.
@@ -212,11 +258,12 @@ class StreamRecompute:
             raise UserError(str(error)) from None
         self.plan = recompute_plan(num_sublayers=num_sublayers, block=block)
         self._mhc = mhc
+        self.observer: Observer | None = None
         self._latest: ForwardRecompute | None = None
 
     def begin(self) -> ForwardRecompute:
         """A forward of the stage starts."""
-        self._latest = ForwardRecompute(self.plan, self._mhc)
+        self._latest = ForwardRecompute(self.plan, self._mhc, self.observer)
         return self._latest
 
     @property
@@ -233,5 +280,7 @@ class StreamRecompute:
 
 def _without_graph(mix: Mix) -> Mix:
     if isinstance(mix, kernels.PackedMappings):
-        return kernels.PackedMappings(mix.packed.data, mix.num_streams, mix.tokens)
+        return kernels.PackedMappings(
+            mix.packed.data, mix.num_streams, mix.tokens, inverse_rms=mix.inverse_rms
+        )
     return kernels.Mappings(*(part.data for part in mix))

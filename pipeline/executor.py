@@ -1,8 +1,10 @@
 """Run one rank's program: computes, and the messages between them."""
 
+import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -13,11 +15,16 @@ from mhc_megatron.pipeline.stage import Stage
 from mhc_megatron.pipeline.stopwatch import Stopwatch
 from mhc_megatron.pipeline.transport import Message, Receipt, Transport
 
+_UNNAMED = contextlib.nullcontext()
 _BEFORE, _AFTER = 8, 4  # items of the program around a failed one, in the message
 
 # (stage, micro-batch, input) of a forward and (stage, micro-batch, gradient) of a backward.
 Side = tuple[Stage, int, Tensor | None]
-OverlapFunction = Callable[[Side, Side], tuple[Tensor, Tensor | None]]
+# Called with an output, or a gradient, as soon as it is enqueued, on the stream that makes it.
+OutputMade = Callable[[Tensor], None]
+GradientMade = Callable[[Tensor | None], None]
+OverlapFunction = Callable[[Side, Side, OutputMade, GradientMade], None]
+Progress = Callable[[Action | Transfer | None], None]
 
 
 class ExecutionError(RuntimeError):
@@ -48,6 +55,7 @@ def execute(
     receives_ahead: int = 2,
     overlap: OverlapFunction | None = None,
     stopwatch: Stopwatch | None = None,
+    progress: Progress | None = None,
 ) -> dict[int, Tensor]:
     """Run a rank's part of one step.
 
@@ -59,8 +67,11 @@ def execute(
         message: what the stages send each other.
         receives_ahead: receives that are posted per neighbour before they are needed; each takes
             the memory of one message.
-        overlap: runs the two sides of an Overlap; None for the forward, then the backward.
+        overlap: runs the two sides of an Overlap, one at a time; None for the forward, then the
+            backward. Messages leave when they are made: the forward's not after the backward, the
+            gradient not after the weight gradients, but after the forward's.
         stopwatch: measures every action.
+        progress: called before every item, and with None once only the last sends are under way.
 
     Returns:
         The last stage's outputs by micro-batch, if this rank has that stage.
@@ -70,9 +81,13 @@ def execute(
     """
     run = _Run(program, stages, transport, num_stages, message, receives_ahead, overlap)
     position = 0
+    # To open a range takes longer than an item of an empty stage, also where nobody records it.
+    profiled = torch.autograd._profiler_enabled()
     try:
         for item in program:
-            with record_function(str(item)):
+            if progress is not None:
+                progress(item)
+            with record_function(str(item)) if profiled else _UNNAMED:
                 if stopwatch is None or isinstance(item, Transfer):
                     run.item(item)
                 else:
@@ -80,6 +95,8 @@ def execute(
                     run.item(item)
                     stopwatch.stop()
             position += 1
+        if progress is not None:
+            progress(None)
         transport.finish()
     except Exception as error:
         raise ExecutionError(transport.rank, program, position, error) from error
@@ -103,6 +120,9 @@ class _Run:
         self._message, self._ahead, self._overlap = message, receives_ahead, overlap
         self._announced = (message.shape, message.dtype)
         self._messages: dict[Compute, Tensor] = {}  # made or received, and not yet used
+        self._sends = {
+            item.of: item for item in program if isinstance(item, Transfer) and item.kind == "send"
+        }
         self._upcoming: dict[int, deque[Transfer]] = defaultdict(deque)
         self._posted: dict[int, deque[Receipt]] = defaultdict(deque)
         for item in program:
@@ -128,7 +148,8 @@ class _Run:
             case Overlap():
                 self._both(item)
             case Transfer("send", of):
-                self._transport.send(item, self._messages.pop(of))
+                if of in self._messages:  # else it has left during its Overlap
+                    self._transport.send(item, self._messages.pop(of))
             case Transfer("recv", of, peer):
                 self._messages[of] = self._posted[peer].popleft().wait()
                 self._post(peer)
@@ -142,9 +163,25 @@ class _Run:
             (self._stages[compute.stage], compute.mb, self._input(compute))
             for compute in parts(pair)
         )
-        output, gradient = self._overlap(forward, backward)
-        self._store(pair.fwd, output)
-        self._store(pair.bwd, gradient)
+
+        sends = {of: self._sends[of] for of in parts(pair) if of in self._sends}
+
+        def leave(of: Compute) -> None:
+            if of in sends and of in self._messages:
+                self._transport.send(sends[of], self._messages.pop(of))
+                del sends[of]
+
+        def output_made(output: Tensor) -> None:
+            self._store(pair.fwd, output)
+            leave(pair.fwd)
+            leave(pair.bwd)  # if it has waited
+
+        def gradient_made(gradient: Tensor | None) -> None:
+            self._store(pair.bwd, gradient)
+            if pair.fwd not in sends:
+                leave(pair.bwd)
+
+        self._overlap(forward, backward, output_made, gradient_made)
 
     def check_nothing_left(self) -> None:
         assert not self._messages, f"messages that nobody used: {[*map(str, self._messages)]}"

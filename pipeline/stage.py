@@ -50,6 +50,9 @@ class AutogradStage:
             ``no_grad`` nothing is kept.
         rebuild: ``(micro-batch)``, runs what R asks for; None where the forward drops nothing
             that can be rebuilt before the backward.
+        queued: called after every backward; takes the weight gradients that modules queued in it
+            by themselves, and returns what computes them, which W does after the graph's own, and
+            B at once. None where modules queue nothing.
         name: for the log.
     """
 
@@ -58,11 +61,14 @@ class AutogradStage:
         function: Callable[[int, Tensor | None], Tensor],
         *,
         rebuild: Callable[[int], None] | None = None,
+        queued: Callable[[], Callable[[], None]] | None = None,
         name: str = "",
     ) -> None:
         self._function, self._rebuild, self._name = function, rebuild, name
+        self._queued = queued
         self._graphs: dict[int, tuple[Tensor | None, GradientEdge, Tensor | None]] = {}
-        self._deferred: dict[int, WeightGrads] = {}
+        self._deferred: dict[int, list[Callable[[], None]]] = {}
+        self._under_way: dict[int, WeightGrads] = {}
         self.unsplit: str | None = None
         """Why I computes the whole backward and W nothing; None while they are split."""
 
@@ -83,11 +89,20 @@ class AutogradStage:
         assert grad is not None, f"{self._name}: micro-batch {mb} has no gradient and no loss"
         if defer_weights:
             deferred = WeightGrads(output, x)
-            self._deferred[mb] = deferred
-            deferred.backward(grad)
-            self._announce(deferred.unsplit)
+            self._deferred[mb] = [deferred.finish]
+            self._under_way[mb] = deferred
+            try:
+                deferred.backward(grad)
+            finally:
+                del self._under_way[mb]
+            if self._queued is not None:
+                self._deferred[mb].append(self._queued())
+            else:
+                self._announce(deferred.unsplit)
         else:
             torch.autograd.backward([output], [grad])
+            if self._queued is not None:
+                self._queued()()
         if x is None:
             return None
         gradient, x.grad = x.grad, None
@@ -95,7 +110,14 @@ class AutogradStage:
 
     def weights(self, mb: int) -> None:
         """W."""
-        self._deferred.pop(mb).finish()
+        for compute in self._deferred.pop(mb):
+            compute()
+
+    def weights_so_far(self, mb: int) -> None:
+        """The part of W that an I under way has left so far; called from a hook of its graph."""
+        self._under_way[mb].advance()
+        if self._queued is not None:
+            self._queued()()
 
     def recompute(self, mb: int) -> None:
         """R; what ``rebuild`` leaves, and checkpointed parts, run in the backward."""

@@ -58,7 +58,13 @@ class WeightGrads:
 
     def finish(self) -> None:
         """W: accumulate the other parameters' gradients, and let go of the graph."""
-        for node, parameters in self._pieces.items():
+        self.advance()
+        assert not self._pieces, f"{len(self._pieces)} nodes that I has not reached"
+
+    def advance(self) -> None:
+        """The part of W whose gradients have arrived; may be called while ``backward`` runs."""
+        for node in [node for node in self._pieces if node in self._arrived]:
+            parameters = self._pieces.pop(node)
             arrived = [
                 (GradientEdge(node, index), gradient)
                 for index, gradient in enumerate(self._arrived.pop(node))
@@ -66,7 +72,6 @@ class WeightGrads:
             ]
             edges, gradients = zip(*arrived, strict=True)
             torch.autograd.backward(edges, gradients, inputs=parameters)
-        self._pieces.clear()
 
     def _noting(self, node: Node) -> Callable[[tuple[Tensor, ...]], None]:
         def note(gradients: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,9 @@ from mhc_megatron.training.config import (
 from mhc_megatron.training.recipes import RECIPES, load_recipe
 from mhc_megatron.training.schedule import learning_rate
 
+FP8 = ParallelConfig(pipeline=2, schedule="zb_h1", messages="fp8")
+OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
+
 
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -23,6 +26,53 @@ from mhc_megatron.training.schedule import learning_rate
         (lambda: MHCConfig(num_streams=0), "num_streams=0 must be at least 1"),
         (lambda: MHCConfig(projection="x"), "projection='x' is not one of sinkhorn"),
         (lambda: MHCConfig(contraction="x"), "contraction='x' is not one of mean"),
+        (
+            lambda: ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="x"),
+            "parallel.overlap='x' is not one of none, post, recompute, all",
+        ),
+        (
+            lambda: ParallelConfig(pipeline=2, schedule="zb_h1", overlap="post"),
+            "parallel.schedule='zb_h1', which pairs no forward with a backward; use dualpipe_v",
+        ),
+        (
+            lambda: TrainConfig(model=ModelConfig(residual="plain"), parallel=OVERLAPPED),
+            "model.residual='plain' has none; set parallel.overlap='none'",
+        ),
+        (
+            lambda: TrainConfig(recompute="full", parallel=OVERLAPPED),
+            "parallel.overlap='all' with recompute='full': .* use recompute='none'",
+        ),
+        (
+            lambda: TrainConfig(parallel=OVERLAPPED),
+            "parallel.overlap='all' with mhc.recompute='none' has no rebuild to run ahead",
+        ),
+        (
+            lambda: ParallelConfig(messages="fp16"),
+            "parallel.messages='fp16' is not one of model, fp8",
+        ),
+        (
+            lambda: ParallelConfig(pipeline=2, messages="fp8"),
+            "parallel.schedule='megatron', whose messages are Megatron's own; use another",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(hidden_size=48), mhc=MHCConfig(num_streams=4), parallel=FP8
+            ),
+            "rounds blocks of 128 numbers, and a token has 192 in a message; change model.hidden",
+        ),
+        (
+            lambda: TrainConfig(model=ModelConfig(hidden_size=64, residual="plain"), parallel=FP8),
+            "and a token has 64 in a message; .* or use parallel.messages='model'",
+        ),
+        (lambda: MHCConfig(variant="x"), "variant='x' is not one of two_pass, single_pass"),
+        (
+            lambda: MHCConfig(contraction="read"),
+            "contraction='read' with variant='two_pass' .* use variant='single_pass', or",
+        ),
+        (
+            lambda: MHCConfig(variant="single_pass", recompute="auto"),
+            "recompute='auto' with variant='single_pass' .* use recompute='none'",
+        ),
         (lambda: MHCConfig(sinkhorn_iterations=0), "sinkhorn_iterations=0"),
         (lambda: MHCConfig(rms_eps=0.0), "rms_eps=0.0 must be positive"),
         (lambda: MHCConfig(rms_eps=float("nan")), "rms_eps=nan must be positive"),
@@ -86,6 +136,29 @@ from mhc_megatron.training.schedule import learning_rate
             lambda: ParallelConfig(pipeline=2, schedule="interleaved"),
             "'interleaved' is Megatron's own; use parallel.virtual > 1",
         ),
+        (lambda: TrainConfig(timeout_minutes=0), "timeout_minutes=0 must be positive"),
+        (
+            lambda: ParallelConfig(first_stage_layers=1),
+            "parallel.first_stage_layers=1 needs parallel.pipeline > 1 and parallel.virtual=1",
+        ),
+        (
+            lambda: ParallelConfig(pipeline=2, last_stage_layers=0),
+            "parallel.last_stage_layers=0 must be at least 1",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(num_layers=8),
+                parallel=ParallelConfig(pipeline=2, schedule="dualpipe_v", first_stage_layers=1),
+            ),
+            "first_stage_layers=1 and .*=None leave 7 of model.num_layers=8 for 3 other stages",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(num_layers=8),
+                parallel=ParallelConfig(pipeline=2, first_stage_layers=3, last_stage_layers=4),
+            ),
+            "first_stage_layers=3 and .*=4 leave 1 of model.num_layers=8 for 0 other stages",
+        ),
         (
             lambda: ParallelConfig(pipeline=2, schedule="x"),
             "parallel.schedule='x' is not one of megatron, gpipe, one_f_one_b, zb_h1, dualpipe_v",
@@ -134,6 +207,18 @@ from mhc_megatron.training.schedule import learning_rate
                 model=ModelConfig(num_moe_experts=4), parallel=ParallelConfig(tensor=2)
             ),
             "MoE with parallel.tensor > 1 needs parallel.sequence=True",
+        ),
+        (lambda: TrainConfig(fp8="e5m2"), "fp8='e5m2' is not one of None, hybrid, e4m3"),
+        (lambda: TrainConfig(fp8_recipe="x"), "fp8_recipe='x' is not one of delayed, tensorwise,"),
+        (lambda: TrainConfig(fp8="hybrid"), "needs transformer_impl='transformer_engine': mega"),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(seq_length=36),
+                micro_batch_size=2,
+                transformer_impl="transformer_engine",
+                fp8="hybrid",
+            ),
+            r"a micro-batch has 72 tokens on a rank \(micro_batch_size \* model.seq_length / 1\)",
         ),
         (lambda: TrainConfig(dtype="bf16"), "needs parallel.distributed_optimizer=True"),
         (lambda: TrainConfig(steps=0), "steps=0 must be at least 1"),

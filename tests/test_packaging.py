@@ -25,13 +25,16 @@ _PROJECT_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 _OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation")
 
-# Imports every module of the installed package and says where they came from.
+# Imports every module of the installed package and says where they came from. Only core >= 0.19 has
+# the package that one of them is written for.
 _IMPORT_ALL = """\
 import importlib, importlib.util, json, pkgutil, sys
 import mhc_megatron
 names = [found.name for found in pkgutil.walk_packages(mhc_megatron.__path__, "mhc_megatron.")]
+loop = importlib.util.find_spec("megatron.training")
 for name in names:
-    importlib.import_module(name)
+    if loop or name != "mhc_megatron.pretrain.gpt":
+        importlib.import_module(name)
 generic = ("kernels", "pipeline", "launch")
 print(json.dumps({
     "origin": mhc_megatron.__file__,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
@@ -31,6 +32,15 @@ def test_the_performance_page_shows_the_results_file(benchmark: Callable[[str], 
     assert tables.history(lines) in page
 
 
+def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], Any]) -> None:
+    tables = benchmark("recompute_table")
+    memory = tables.read(KERNELS.with_name("recompute_memory.jsonl"))
+    page = (ROOT / "docs" / "recompute.md").read_text()
+    assert tables.memory(memory) in page
+    assert tables.time(tables.read(KERNELS.with_name("recompute_time.jsonl"))) in page
+    assert (ROOT / "docs" / "recompute_memory.svg").read_text() == tables.draw(memory)
+
+
 def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
     lines = benchmark("kernel_table").read(KERNELS)
     points = benchmark("roofline").points(lines)
@@ -52,10 +62,52 @@ def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) ->
             assert point.microseconds / limit == pytest.approx(line["ratio_to_floor"], rel=1e-2)
 
 
+def test_expand_and_contractions_have_a_table_of_their_own(benchmark: Callable[[str], Any]) -> None:
+    tables, roofline = benchmark("kernel_table"), benchmark("roofline")
+    lines = tables.read(KERNELS)
+    more = [
+        {**lines[-1], "commit": "later", "launch": "graph", "metric": "fwd", "impl": name}
+        for name in ("mhc_megatron.expand", "reference.contract_learned")
+    ]
+    assert tables.latest(lines + more) == tables.latest(lines)
+    assert roofline.points(lines + more) == roofline.points(lines)
+    assert [row.split(" | ")[1] for row in tables.ends(more).splitlines()[2:]] == [
+        line["impl"] for line in more
+    ]
+
+
+@pytest.mark.parametrize("operation", ["expand", "contract_mean", "contract_learned"])
+def test_the_benchmark_checks_the_ends_of_a_model(
+    operation: str, benchmark: Callable[[str], Any]
+) -> None:
+    implementations, measured = benchmark("implementations"), benchmark("kernels")
+    data = implementations.random_operands(5, 2, 16, torch.bfloat16, 1, device="cpu")
+    for name in (operation, f"reference.{operation}"):
+        built = measured.builds_with(None)[name](data)
+        errors, same = measured.check(data, built)
+        assert same and errors.keys() == {"out", *(f"d_{leaf}" for leaf in built.leaves)}
+        assert all(error < 1e-2 for error in errors.values()), errors
+    floor = benchmark("ends").floor_bytes(10, 16, 2, 2, operation=operation)
+    states = {"contract_learned": (3, 5)}.get(operation, (3, 3))
+    phi = 4 * 2 * 2 * 16 if operation == "contract_learned" else 0
+    assert floor[:2] == [320 * states[0] + phi, 320 * states[1] + 2 * phi]
+    assert floor[2] == sum(floor[:2])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_line_says_where_it_comes_from(path: Path) -> None:
     for text in path.read_text().splitlines():
         line = json.loads(text)
         assert all(line[name] for name in PROVENANCE)
         assert line["benchmark"] == path.stem
-        assert line["value"] > 0 and line["unit"]
+        assert line["value"] >= 0 and line["unit"]
+
+
+def test_the_executor_needs_less_than_100_us_for_an_action() -> None:
+    path = ROOT / "benchmarks" / "results" / "cpu" / "pipeline.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    overheads = {x["impl"]: x["value"] for x in lines if x["metric"] == "overhead_per_action"}
+    assert len(overheads) == 4
+    assert max(overheads.values()) < 100, overheads
+    predictions = [x["value"] for x in lines if x["metric"] == "simulated_over_executed"]
+    assert all(abs(value - 1) < 0.1 for value in predictions)

@@ -26,6 +26,13 @@ class Parameters(NamedTuple):
     bias: Tensor
 
 
+class Norm(NamedTuple):
+    """The RMSNorm of a branch's input: weight [C] of any kernel dtype."""
+
+    weight: Tensor
+    eps: float
+
+
 class Shape(NamedTuple):
     """Sizes that all kernels share."""
 
@@ -35,15 +42,18 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, streams: Tensor) -> "Shape":
-        n, channels = streams.shape[-2:]
+        shape = streams.shape
+        n, channels = shape[-2], shape[-1]
         return cls(streams.numel() // (n * channels), n, channels)
 
 
 class ParameterGradients(NamedTuple):
-    """weight [M, K], alphas [3] and bias [M], float32."""
+    """Of ``Parameters``, in the same shapes, also of an alpha that there is not; float32."""
 
     weight: Tensor
-    alphas: Tensor
+    alpha_pre: Tensor
+    alpha_post: Tensor
+    alpha_res: Tensor
     bias: Tensor
 
 

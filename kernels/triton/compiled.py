@@ -4,60 +4,117 @@ Triton binds and inspects every argument at every launch; at the 20 to 35 argume
 kernels the host then needs longer than the GPU.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+
+Kind = tuple[Any, ...]
+
+# Where Triton keeps the hooks of profilers; they moved in Triton 3.4.
+HOOKS: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
 
-class CompiledKernels:
-    """A Triton kernel, launched like it: ``kernel[grid](*arguments, num_warps=..., **constants)``.
+class Launch:
+    """A Triton kernel with its constants: ``launch(grid, tensors, numbers)``.
 
-    Arguments at run time are positional, and the ``constexpr`` ones keywords, each in the order of
-    the kernel's parameters. The first launch of a kind compiles through Triton; the next ones of
-    the same kind call what it returned. A kind is whatever Triton specialises for: the constants,
-    dtypes, None, pointers and integers that are multiples of 16, integers that are 1 or wide.
+    The first launch of a kind compiles through Triton; the next ones of the same kind call what
+    it returned. Interpreted kernels are launched by Triton, which compiles nothing.
+
+    Args:
+        kernel: its parameters are tensors (or None), then numbers, then ``constexpr`` ones.
+        num_warps: of a program.
+        constants: the ``constexpr`` parameters, in the kernel's order.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, *, num_warps: int, **constants: Any) -> None:
+        names = kernel.arg_names[-len(constants) :]
+        if names != list(constants):
+            raise TypeError(f"{kernel.__name__}: constants {list(constants)}, not {names}")
         self.kernel = kernel
-        self._interpreted = not isinstance(kernel, triton.JITFunction)
-        self._handles: dict[tuple[Any, ...], Any] = {}
+        self.num_warps = num_warps
+        self.constants = constants
+        self._interpreted = isinstance(kernel, InterpretedFunction)
+        self._values = tuple(constants.values())
+        self._handles: dict[Kind, tuple[Any, Any, Any, Any]] = {}
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return partial(self._launch, grid)
-
-    def _launch(
+    def __call__(
         self,
         grid: tuple[int, ...],
-        *arguments: Tensor | float | None,
-        num_warps: int,
-        **constants: Any,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[float] = (),
     ) -> None:
         if self._interpreted:
-            self.kernel[grid](*arguments, num_warps=num_warps, **constants)
+            self._launch_by_triton(grid, tensors, numbers)
             return
-        values: list[Any] = []
-        kind: list[Any] = [torch.cuda.current_device(), num_warps, *constants.values()]
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                pointer = argument.data_ptr()
-                values.append(pointer)
-                kind.append(argument.dtype)
-                kind.append(pointer % 16 == 0)
-            else:
-                values.append(argument)
-                if isinstance(argument, int):
-                    kind.append((argument == 1, argument % 16 == 0, argument.bit_length() > 31))
-                else:
-                    kind.append(argument is None)
-        handle = self._handles.get(key := tuple(kind))
-        if handle is None:
-            names = self.kernel.arg_names[len(arguments) :]
-            if names != list(constants):
-                raise TypeError(f"{self.kernel.__name__}: constants {list(constants)}, not {names}")
-            self._handles[key] = self.kernel[grid](*arguments, num_warps=num_warps, **constants)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        # What torch.cuda.current_device asks, where CUDA is known to be initialised.
+        device = torch._C._cuda_getDevice()
+        kind = device, kind_of(tensors, pointers, numbers)
+        known = self._handles.get(kind)
+        if known is None:
+            handle = self._launch_by_triton(grid, tensors, numbers)
+            if handle is not None:
+                # As CompiledKernel's own launch takes them, at every launch.
+                self._handles[kind] = handle, handle.run, handle.function, handle.packed_metadata
             return
-        handle[(*grid, 1, 1)[:3]](*values, *constants.values())
+        handle, run, function, metadata = known
+        x, y, z = (*grid, 1, 1)[:3]
+        arguments = (*pointers, *numbers, *self._values)
+        if is_observed():
+            handle[x, y, z](*arguments)
+            return
+        stream = driver.active.get_current_stream(device)
+        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+
+    def _launch_by_triton(
+        self, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[float]
+    ) -> Any:
+        """The compiled kernel; None where there is none, as of a hook that compiles nothing."""
+        return self.kernel[grid](*tensors, *numbers, num_warps=self.num_warps, **self.constants)
+
+
+def is_observed() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    enter, leave = HOOKS.launch_enter_hook, HOOKS.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def kind_of(
+    tensors: Sequence[Tensor | None], pointers: Sequence[int | None], numbers: Sequence[float]
+) -> Kind:
+    """Whatever Triton compiles another kernel for, but the constants.
+
+    These are dtypes, None, which pointers and integers are multiples of 16, integers that are 1,
+    and those that need 64 bits.
+
+    Args:
+        tensors: arguments at run time; ``pointers`` are their addresses.
+        numbers: the other ones.
+    """
+    kind: list[Any] = [tensor if tensor is None else tensor.dtype for tensor in tensors]
+    low_bits = 0
+    for pointer in pointers:
+        if pointer is not None:
+            low_bits |= pointer
+    if low_bits % 16:
+        kind.append(tuple([pointer is None or pointer % 16 == 0 for pointer in pointers]))
+    kind.append(_kind_of_numbers(*numbers))
+    return tuple(kind)
+
+
+# Typed: 1 and 1.0 are equal, and other kernels. T varies, the rest seldom.
+@lru_cache(maxsize=4096, typed=True)
+def _kind_of_numbers(*numbers: float) -> Kind:
+    return tuple(
+        (number == 1, number % 16 == 0, number.bit_length() > 31)
+        if isinstance(number, int)
+        else None
+        for number in numbers
+    )

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mhc_megatron.kernels.triton.coefficients import column, write_mappings
+from mhc_megatron.kernels.triton.norm import normalise
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
@@ -13,6 +14,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_streams,
     load_weight,
     post_mix_stream,
+    pre_mix,
     token_rows,
 )
 
@@ -59,9 +61,12 @@ def mix_fwd(
     u_ptr,
     raw_ptr,
     next_packed_ptr,
+    norm_weight_ptr,
+    norm_inverse_rms_ptr,
     T,
     rms_eps,
     eps,
+    norm_eps,
     C: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
@@ -75,6 +80,7 @@ def mix_fwd(
     HAS_POST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -84,7 +90,8 @@ def mix_fwd(
 
     SINGLE_PASS reads the new streams with the coefficients that ``packed`` holds, so that nothing
     has to be read twice. ``weight`` is phi, [PARTS, M, K]; INTERLEAVED, a chunk of channels of all
-    streams is one product, which tensor cores start once instead of n times.
+    streams is one product, which tensor cores start once instead of n times. HAS_NORM, which is
+    not for SINGLE_PASS, normalises u and stores 1/RMS, [T].
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -138,7 +145,7 @@ def mix_fwd(
                 factor = tl.trans(y.to(weight_ptr.dtype.element_ty))
                 projected = dot(weight, factor, projected, PRECISION)
             if SINGLE_PASS:
-                u += read[o][:, None] * wide
+                u = tl.fma(read[o][:, None], wide, u)
         if INTERLEAVED:
             columns = c * N + tl.arange(0, N * BC)
             weight = load_weight(weight_rows, columns, columns < K, m < M)
@@ -182,16 +189,25 @@ def mix_fwd(
         y_rows = (y_ptr if HAS_POST else x_ptr) + rows
         # From the last chunk to the first: what was written last is still in L2.
         CHUNKS: tl.constexpr = (C + BC - 1) // BC
+        if HAS_NORM:
+            u_squares = tl.zeros([BT, BC], tl.float32)
         for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
             c = (CHUNKS - 1 - chunk) * BC
             mask = channel_mask(live, c, C, BC)
             y_tiles = load_streams(y_rows, c, mask, N, C, BC, "evict_first")
             # u = sum_i H_pre[i] x[i]
-            u = read[0][:, None] * y_tiles[0]
-            for i in tl.static_range(1, N):
-                u += read[i][:, None] * y_tiles[i]
+            u = pre_mix(y_tiles, read, N)
             u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
-            tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
+            stored = u.to(u_ptr.dtype.element_ty)
+            tl.store(u_pointers, stored, mask=mask)
+            if HAS_NORM:
+                wide = stored.to(tl.float32)
+                u_squares += wide * wide
+        if HAS_NORM:
+            # v = w u / sqrt(mean(u^2) + eps), in u's place
+            norm_inverse_rms = tl.rsqrt(tl.sum(u_squares, axis=1) / C + norm_eps)
+            tl.store(norm_inverse_rms_ptr + tokens, norm_inverse_rms, mask=live)
+            normalise(u_ptr + branch_rows, norm_weight_ptr, norm_inverse_rms, live, C, BC, STAGES)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Launches: output buffers, tile sizes and constants of each kernel; no autograd, no checks.
+"""Launches: output buffers, grid and arguments of each kernel; no autograd, no checks.
 
 Tensors are contiguous; of streams [..., n, C] and branch [..., C] only the sizes matter here.
+Every line is paid at every launch, by a host that has less time than the GPU at small sizes.
 """
 
 from collections.abc import Sequence
@@ -10,62 +11,33 @@ import torch
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import forward
-from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
-from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
-from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
+from mhc_megatron.kernels.triton import bound
 from mhc_megatron.kernels.triton.arguments import (
+    Norm,
     ParameterGradients,
     Parameters,
     Shape,
     blocks,
-    logit_rows,
     matrices_of,
-    padded,
     parts_of,
-    precision_of,
-    vector_of,
 )
-from mhc_megatron.kernels.triton.compiled import CompiledKernels
 from mhc_megatron.kernels.triton.recompute import rebuild_fwd
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
-
-split_weight = CompiledKernels(forward.split_weight)
-mix_fwd = CompiledKernels(forward.mix_fwd)
-post_fwd = CompiledKernels(forward.post_fwd)
-mix_bwd = CompiledKernels(mix_backward_kernel.mix_bwd)
-streams_bwd = CompiledKernels(streams_backward_kernel.streams_bwd)
-weight_bwd = CompiledKernels(weight_backward_kernel.weight_bwd)
-reduce_partials = CompiledKernels(weight_backward_kernel.reduce_partials)
 
 # Sublayers that one launch of rebuild_fwd walks through: its code is unrolled over them. A longer
 # block is cut, and the state read again at each cut.
 REBUILT_TOGETHER = 8
 
 
-def interleaves(shape: Shape, dtype: torch.dtype) -> bool:
-    """Whether ``mix_fwd`` multiplies all streams of a chunk at once."""
-    return parts_of(dtype) == 2 and shape.num_streams in (1, 2, 4)
-
-
 def factor_weight(weight: Tensor, streams: Tensor) -> Tensor:
     """phi as the products with ``streams`` take it, forward and backward: [PARTS, M, K]."""
-    shape, dtype = Shape.of(streams), streams.dtype
-    if parts_of(dtype) == 1:
+    if parts_of(streams.dtype) == 1:
         return weight
-    split = torch.empty((2, *weight.shape), dtype=torch.bfloat16, device=weight.device)
-    block = 1024
-    grid = (blocks(weight.numel(), block),)
-    split_weight[grid](
-        weight,
-        split,
-        SIZE=weight.numel(),
-        C=shape.channels,
-        N=shape.num_streams,
-        INTERLEAVED=interleaves(shape, dtype),
-        BLOCK=block,
-        num_warps=4,
-    )
+    num_logits, width = weight.shape
+    channels = streams.shape[-1]
+    split = torch.empty((2, num_logits, width), dtype=torch.bfloat16, device=weight.device)
+    kernel = bound.split_weight(width // channels, channels, num_logits, streams.dtype)
+    kernel((blocks(num_logits * width, bound.ELEMENTS),), (weight, split))
     return split
 
 
@@ -73,27 +45,12 @@ def post(
     streams: Tensor, branch: Tensor, branch_bias: Tensor | None, packed: Tensor, *, tile: Tile
 ) -> Tensor:
     """The next streams."""
-    shape = Shape.of(streams)
+    num_tokens, n, channels = Shape.of(streams)
     new_streams = torch.empty_like(streams)
-    if shape.num_tokens:
-        grid = (
-            blocks(shape.num_tokens, tile.tokens),
-            blocks(shape.channels, tile.channels),
-        )
-        post_fwd[grid](
-            streams,
-            branch,
-            branch_bias,
-            packed,
-            new_streams,
-            shape.num_tokens,
-            C=shape.channels,
-            N=shape.num_streams,
-            HAS_BIAS=branch_bias is not None,
-            BT=tile.tokens,
-            BC=tile.channels,
-            num_warps=tile.num_warps,
-        )
+    if num_tokens:
+        kernel = bound.post_fwd(n, channels, tile, branch_bias is not None)
+        grid = (blocks(num_tokens, tile.tokens), blocks(channels, tile.channels))
+        kernel(grid, (streams, branch, branch_bias, packed, new_streams), (num_tokens,))
     return new_streams
 
 
@@ -107,59 +64,59 @@ def mix(
     *,
     options: MappingOptions,
     single_pass: bool,
+    norm: Norm | None = None,
     tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """``post_pre``, or ``pre`` without branch: streams, u, raw [M + 1, T], packed.
 
-    ``factors``: of ``factor_weight``.
+    ``factors``: of ``factor_weight``. ``norm``: u is normalised, and its 1/RMS [T] the last result.
     """
-    shape = Shape.of(streams)
-    num_tokens, n, channels = shape
-    num_logits = parameters.bias.numel()
+    num_tokens, n, channels = Shape.of(streams)
+    dtype, device = streams.dtype, streams.device
+    num_logits = parameters.bias.shape[0]
     new_streams = streams if branch is None else torch.empty_like(streams)
-    device = streams.device
-    u = torch.empty((*streams.shape[:-2], channels), dtype=streams.dtype, device=device)
+    u = torch.empty((*streams.shape[:-2], channels), dtype=dtype, device=device)
     raw = torch.empty((num_logits + 1, num_tokens), dtype=torch.float32, device=device)
     new_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
+    inverse_rms = None
+    if norm is not None:
+        inverse_rms = torch.empty((num_tokens,), dtype=torch.float32, device=device)
     if num_tokens:
-        mix_fwd[(blocks(num_tokens, tile.tokens),)](
-            streams,
-            branch,
-            branch_bias,
-            packed,
-            factors,
-            parameters.alpha_pre,
-            parameters.alpha_post,
-            parameters.alpha_res,
-            parameters.bias,
-            matrices_of(options, streams),
-            new_streams,
-            u,
-            raw,
-            new_packed,
-            num_tokens,
-            options.rms_eps,
-            options.eps,
-            C=channels,
-            N=n,
-            NP=padded(n, 2),
-            NN=padded(n * n, 2),
-            M=num_logits,
-            MP=logit_rows(num_logits, streams.dtype),
-            PARTS=parts_of(streams.dtype),
-            PROJECTION=options.projection,
-            ITERATIONS=options.iterations,
-            PRECISION=precision_of(streams.dtype),
-            HAS_POST=branch is not None,
-            HAS_BIAS=branch_bias is not None,
-            SINGLE_PASS=single_pass,
-            INTERLEAVED=interleaves(shape, streams.dtype),
-            BT=tile.tokens,
-            BC=tile.channels,
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+        kernel = bound.mix_fwd(
+            n,
+            channels,
+            num_logits,
+            dtype,
+            options,
+            tile,
+            branch is not None,
+            branch_bias is not None,
+            single_pass,
+            norm is not None,
         )
-    return new_streams, u, raw, new_packed
+        kernel(
+            (blocks(num_tokens, tile.tokens),),
+            (
+                streams,
+                branch,
+                branch_bias,
+                packed,
+                factors,
+                parameters.alpha_pre,
+                parameters.alpha_post,
+                parameters.alpha_res,
+                parameters.bias,
+                matrices_of(options, streams),
+                new_streams,
+                u,
+                raw,
+                new_packed,
+                None if norm is None else norm.weight,
+                inverse_rms,
+            ),
+            (num_tokens, options.rms_eps, options.eps, 0.0 if norm is None else norm.eps),
+        )
+    return new_streams, u, raw, new_packed, inverse_rms
 
 
 def rebuild(
@@ -170,16 +127,20 @@ def rebuild(
     new_streams: Sequence[Tensor],
     branch_inputs: Sequence[Tensor],
     *,
+    norm_weights: Sequence[Tensor | None] | None = None,
+    inverse_rms: Sequence[Tensor | None] | None = None,
     tile: Tile,
 ) -> None:
     """Fill ``new_streams`` and ``branch_inputs`` of a block; see ``kernels.rebuild``."""
     shape = Shape.of(streams)
     if not shape.num_tokens:
         return
+    if norm_weights is None or inverse_rms is None:
+        norm_weights = inverse_rms = [None] * len(packed)
     grid = (blocks(shape.num_tokens, tile.tokens), blocks(shape.channels, tile.channels))
     for first in range(0, len(packed), REBUILT_TOGETHER):
         cut = slice(first, first + REBUILT_TOGETHER)
-        biases = branch_biases[cut]
+        biases, weights = branch_biases[cut], norm_weights[cut]
         # Once per block, and with tuples of tensors: launched by Triton itself.
         rebuild_fwd[grid](
             streams if first == 0 else new_streams[first - 1],
@@ -188,16 +149,50 @@ def rebuild(
             tuple(packed[cut]),
             tuple(new_streams[cut]),
             tuple(branch_inputs[cut]),
+            tuple(weights),
+            tuple(inverse_rms[cut]),
             shape.num_tokens,
             C=shape.channels,
             N=shape.num_streams,
             READS=len(packed[cut]),
             WRITES=len(branches[cut]),
-            BIASES=sum(1 << index for index, bias in enumerate(biases) if bias is not None),
+            BIASES=_bits(biases),
+            NORMS=_bits(weights),
             BT=tile.tokens,
             BC=tile.channels,
             num_warps=tile.num_warps,
         )
+
+
+def _bits(given: Sequence[Tensor | None]) -> int:
+    """A bit for each that is not None."""
+    return sum(1 << index for index, tensor in enumerate(given) if tensor is not None)
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 4 numbers, 16 bytes: Triton compiles for pointers to such multiples."""
+    return size + -size % 4
+
+
+class NormState(NamedTuple):
+    """What ``mix_backward`` needs of the norm of u.
+
+    Attributes:
+        weight: [C].
+        inverse_rms: [T] float32, of ``mix``.
+        packed: the mappings that read u.
+    """
+
+    weight: Tensor
+    inverse_rms: Tensor
+    packed: Tensor
+
+
+class NormGradients(NamedTuple):
+    """The gradient of u before its norm, [..., C], and partial sums of the weight's, [., C]."""
+
+    u: Tensor
+    weight_partial: Tensor
 
 
 def mix_backward(
@@ -209,55 +204,67 @@ def mix_backward(
     *,
     options: MappingOptions,
     single_pass: bool,
+    norm: NormState | None = None,
     tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``vec(x) phi`` [PARTS * M, T] and of the RMS [T]; partials [2 M, programs]."""
+) -> tuple[Tensor, Tensor, Tensor, NormGradients | None]:
+    """Gradients of ``vec(x) phi`` [PARTS * M, T] and of the RMS [T]; partials [2 M * programs].
+
+    ``norm``: ``grad_u`` is of the normalised u; the last result takes it on.
+    """
     num_tokens, n, channels = Shape.of(new_streams)
-    num_logits = parameters.bias.numel()
-    parts = parts_of(new_streams.dtype)
-    device = new_streams.device
+    num_logits = parameters.bias.shape[0]
+    dtype, device = new_streams.dtype, new_streams.device
+    parts = parts_of(dtype)
     factor_dtype = torch.bfloat16 if parts == 2 else torch.float32
     projected = torch.empty((parts * num_logits, num_tokens), dtype=factor_dtype, device=device)
-    radial = torch.empty((num_tokens,), dtype=torch.float32, device=device)
     programs = blocks(num_tokens, tile.tokens)
-    partial = torch.empty((2 * num_logits, programs), dtype=torch.float32, device=device)
-    history = None
-    if options.projection in ("sinkhorn", "sinkhorn_v4"):
-        rows = 2 * (options.iterations - 1) * n
-        history = torch.empty((rows, num_tokens), dtype=torch.float32, device=device)
-    mix_bwd[(programs,)](
-        new_streams,
-        grad_u,
-        grad_packed,
-        raw,
-        parameters.alpha_pre,
-        parameters.alpha_post,
-        parameters.alpha_res,
-        parameters.bias,
-        matrices_of(options, new_streams),
-        projected,
-        radial,
-        partial,
-        history,
-        num_tokens,
-        options.eps,
-        C=channels,
-        N=n,
-        NP=padded(n, 2),
-        NN=padded(n * n, 2),
-        M=num_logits,
-        PARTS=parts,
-        PROJECTION=options.projection,
-        ITERATIONS=options.iterations,
-        SINGLE_PASS=single_pass,
-        HAS_GRAD_PACKED=grad_packed is not None,
-        BT=tile.tokens,
-        BC=tile.channels,
-        VECTOR=vector_of(new_streams.dtype, tile),
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+    iterates = options.projection in ("sinkhorn", "sinkhorn_v4")
+    rows = 2 * (options.iterations - 1) * n if iterates else 0
+    # One allocation of all float32 scratch.
+    sizes = _aligned(num_tokens), _aligned(rows * num_tokens), 2 * num_logits * programs
+    scratch = torch.empty((sum(sizes),), dtype=torch.float32, device=device)
+    radial, history, partial = scratch.split_with_sizes(sizes)
+    weight = inverse_rms = packed = gradients = None
+    if norm is not None:
+        assert grad_u is not None
+        weight, inverse_rms, packed = norm
+        sums = torch.empty((programs, channels), dtype=torch.float32, device=device)
+        gradients = NormGradients(torch.empty_like(grad_u, dtype=dtype), sums)
+    kernel = bound.mix_bwd(
+        n,
+        channels,
+        num_logits,
+        dtype,
+        options,
+        tile,
+        single_pass,
+        grad_packed is not None,
+        norm is not None,
     )
-    return projected, radial, partial
+    kernel(
+        (programs,),
+        (
+            new_streams,
+            grad_u,
+            grad_packed,
+            raw,
+            parameters.alpha_pre,
+            parameters.alpha_post,
+            parameters.alpha_res,
+            parameters.bias,
+            matrices_of(options, new_streams),
+            projected,
+            radial,
+            partial,
+            history if iterates else None,
+            packed,
+            weight,
+            inverse_rms,
+            *(gradients or (None, None)),
+        ),
+        (num_tokens, options.eps),
+    )
+    return projected, radial, partial, gradients
 
 
 class ReadGradients(NamedTuple):
@@ -290,101 +297,88 @@ def streams_backward(
     terms: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of streams, branch and the mappings that wrote; the last two with a branch."""
-    shape = Shape.of(streams)
-    num_tokens, n, channels = shape
-    dtype, device = streams.dtype, streams.device
+    num_tokens, n, channels = Shape.of(streams)
     grad_x = torch.empty_like(streams)
     grad_branch = grad_packed = None
     if branch is not None:
+        assert packed is not None
         grad_branch = torch.empty_like(branch)
-        grad_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
-    num_logits = 1 if read is None else read.factors.shape[-2]
-    streams_bwd[(blocks(num_tokens, tile.tokens),)](
-        grad_streams,
-        None if read is None else read.u,
-        streams,
-        branch,
-        branch_bias,
-        packed,
-        None if read is None else read.packed,
-        None if read is None else read.projected,
-        None if read is None else read.radial,
-        None if read is None else read.factors,
-        grad_x,
-        grad_branch,
-        grad_packed,
-        num_tokens,
-        C=channels,
-        N=n,
-        M=num_logits,
-        MP=padded(num_logits, 16),
-        TERMS=terms if parts_of(dtype) == 2 else 1,
-        PRECISION=precision_of(dtype),
-        HAS_GRAD_Y=grad_streams is not None,
-        HAS_PRE=read is not None,
-        HAS_POST=branch is not None,
-        HAS_BIAS=branch_bias is not None,
-        SINGLE_PASS=single_pass,
-        INTERLEAVED=interleaves(shape, dtype),
-        BT=tile.tokens,
-        BC=tile.channels,
-        VECTOR=vector_of(dtype, tile),
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        grad_packed = torch.empty_like(packed)
+    u, read_packed, projected, radial, factors = read or (None,) * len(ReadGradients._fields)
+    kernel = bound.streams_bwd(
+        n,
+        channels,
+        1 if factors is None else factors.shape[-2],
+        streams.dtype,
+        tile,
+        terms,
+        grad_streams is not None,
+        read is not None,
+        branch is not None,
+        branch_bias is not None,
+        single_pass,
+    )
+    kernel(
+        (blocks(num_tokens, tile.tokens),),
+        (
+            grad_streams,
+            u,
+            streams,
+            branch,
+            branch_bias,
+            packed,
+            read_packed,
+            projected,
+            radial,
+            factors,
+            grad_x,
+            grad_branch,
+            grad_packed,
+        ),
+        (num_tokens,),
     )
     return grad_x, grad_branch, grad_packed
 
 
 def parameter_backward(
-    new_streams: Tensor, projected: Tensor, partial: Tensor, parameters: Parameters, *, tiles: Tiles
+    new_streams: Tensor,
+    projected: Tensor,
+    partial: Tensor,
+    parameters: Parameters,
+    *,
+    tiles: Tiles,
+    main_grad: Tensor | None = None,
 ) -> ParameterGradients:
-    """phi's gradient from all tokens, and the sums of the partials."""
+    """phi's gradient from all tokens, and the sums of the partials.
+
+    With ``main_grad`` phi's is added to it, the same sum as of the two apart, and is it.
+    """
     num_tokens, n, _ = Shape.of(new_streams)
     num_logits, width = parameters.weight.shape
     tile = tiles.weight_backward
     splits = blocks(num_tokens, tiles.weight_split)
-    device = new_streams.device
-    grads = ParameterGradients(
-        weight=torch.empty((num_logits, width), dtype=torch.float32, device=device),
-        alphas=torch.empty((3,), dtype=torch.float32, device=device),
-        bias=torch.empty((num_logits,), dtype=torch.float32, device=device),
-    )
-    weight_partial = grads.weight
-    if splits > 1:
+    # One allocation of the small ones; the alphas side by side, as the kernel writes them.
+    gap = -num_logits % 4
+    small = torch.empty((num_logits + gap + 3,), dtype=torch.float32, device=new_streams.device)
+    sizes = (num_logits, gap, 1, 1, 1)
+    bias, _, alpha_pre, alpha_post, alpha_res = small.split_with_sizes(sizes)
+    weight = torch.empty_like(parameters.weight) if main_grad is None else main_grad
+    weight_partial = weight
+    reduces = splits > 1 or main_grad is not None
+    if reduces:
         size = (splits, num_logits, width)
-        weight_partial = torch.empty(size, dtype=torch.float32, device=device)
-    weight_bwd[(blocks(width, tile.channels), splits)](
-        new_streams,
-        projected,
-        weight_partial,
-        num_tokens,
-        K=width,
-        M=num_logits,
-        MP=logit_rows(num_logits, new_streams.dtype),
-        PARTS=parts_of(new_streams.dtype),
-        PRECISION=precision_of(new_streams.dtype),
-        SPLIT=tiles.weight_split,
-        BT=tile.tokens,
-        BK=tile.channels,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        weight_partial = torch.empty(size, dtype=torch.float32, device=new_streams.device)
+    weight_kernel = bound.weight_bwd(width, num_logits, new_streams.dtype, tile, tiles.weight_split)
+    weight_kernel(
+        (blocks(width, tile.channels), splits),
+        (new_streams, projected, weight_partial),
+        (num_tokens,),
     )
-    block = 1024
-    weight_programs = blocks(num_logits * width, block) if splits > 1 else 0
-    reduce_partials[(num_logits + 3 + weight_programs,)](
-        weight_partial,
-        partial,
-        grads.weight,
-        grads.bias,
-        grads.alphas,
-        partial.shape[1],
-        SIZE=num_logits * width,
-        SPLITS=splits,
-        N=n,
-        M=num_logits,
-        ROWS=padded(max(n, num_logits - 2 * n), 2),
-        BLOCK=block,
-        COLUMNS=256,
-        num_warps=4,
+    weight_programs = blocks(num_logits * width, bound.ELEMENTS) if reduces else 0
+    reduction = bound.reduce_partials(n, width, num_logits, splits, main_grad is not None)
+    reduction(
+        (num_logits + 3 + weight_programs,),
+        (weight_partial, partial, weight, bias, alpha_pre),
+        (partial.shape[0] // (2 * num_logits),),
     )
-    return grads
+    return ParameterGradients(weight, alpha_pre, alpha_post, alpha_res, bias)

@@ -11,6 +11,11 @@ from mhc_megatron.kernels.triton.coefficients import (
     permutation_logit,
     sigmoid_bwd,
 )
+from mhc_megatron.kernels.triton.norm import (
+    load_norm_weight,
+    normalise_bwd,
+    store_norm_partial,
+)
 from mhc_megatron.kernels.triton.residual import (
     block_of,
     entries_of,
@@ -20,7 +25,9 @@ from mhc_megatron.kernels.triton.residual import (
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     lane_sums,
+    load_coefficients,
     load_streams,
+    pre_mix,
     token_rows,
     zero_sums,
 )
@@ -260,6 +267,11 @@ def mix_bwd(
     radial_ptr,
     partial_ptr,
     history_ptr,
+    packed_ptr,
+    norm_weight_ptr,
+    norm_inverse_rms_ptr,
+    norm_grad_u_ptr,
+    norm_partial_ptr,
     T,
     eps,
     C: tl.constexpr,
@@ -272,6 +284,7 @@ def mix_bwd(
     ITERATIONS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     HAS_GRAD_PACKED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -282,6 +295,8 @@ def mix_bwd(
     ``radial``: [T], c in ``grad y += c y``, what the division by the RMS contributes.
     ``partial``: [2 M, programs], sums over the program's tokens of the logits' gradients and of
     their products with the raw logits. ``history``: scratch of ``sinkhorn_fwd``.
+    HAS_NORM: ``grad_u`` is the gradient of the normalised u. u's own is written to
+    ``norm_grad_u``, and parts of the norm's weight to ``norm_partial``, [programs, C].
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -298,18 +313,53 @@ def mix_bwd(
         rows = tl.arange(0, BT)[:, None]
         y_ptr += first * K
         grad_u_ptr += first * C
+        if HAS_NORM:
+            read = load_coefficients(packed_ptr, 0, tokens, live, T, N)
+            norm_inverse_rms = tl.load(norm_inverse_rms_ptr + tokens, mask=live, other=0.0)
+            norm_grad_u_ptr += first * C
+            u_sums = zero_sums(N + 1, BT, BC // VECTOR)
         for c in tl.range(0, C, BC, num_stages=STAGES):
             mask = channel_mask(live, c, C, BC)
             y = load_streams(y_ptr + rows * K, c, mask, N, C, BC, "")
             u_pointers = grad_u_ptr + rows * C + (c + tl.arange(0, BC))[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                # The norm read u as it is rounded; it is kept until its gradient takes its place.
+                columns = c + tl.arange(0, BC)
+                u = pre_mix(y, read, N).to(norm_grad_u_ptr.dtype.element_ty)
+                tl.store(norm_grad_u_ptr + rows * C + columns[None, :], u, mask=mask)
+                u = u.to(tl.float32)
+                store_norm_partial(norm_partial_ptr, grad_u, u, norm_inverse_rms, columns, C)
+                grad_u *= load_norm_weight(norm_weight_ptr, columns, C)[None, :]
+                added = (u_sums[0] + lane_sums(grad_u * u, BT, BC, VECTOR),)
+                for i in tl.static_range(N):
+                    added = added + (u_sums[i + 1] + lane_sums(u * y[i], BT, BC, VECTOR),)
+                u_sums = added
             # u = sum_i H_pre[i] x[i]: grad_pre[i] = sum_c grad_u x[i]
             added = ()
             for i in tl.static_range(N):
                 added = added + (sums[i] + lane_sums(grad_u * y[i], BT, BC, VECTOR),)
             sums = added
+        if HAS_NORM:
+            # v = w u r, r = 1 / sqrt(mean(u^2) + eps):
+            # grad_u = r (w grad_v - r^2 mean(w grad_v u) u)
+            slope = tl.sum(u_sums[0], axis=1) / C * norm_inverse_rms * norm_inverse_rms
+            normalise_bwd(
+                norm_grad_u_ptr + rows * C,
+                grad_u_ptr + rows * C,
+                norm_weight_ptr,
+                norm_inverse_rms,
+                slope,
+                live,
+                C,
+                BC,
+                STAGES,
+            )
         for i in tl.static_range(N):
-            grad_pre += tl.where((index == i)[None, :], tl.sum(sums[i], axis=1)[:, None], 0.0)
+            total = tl.sum(sums[i], axis=1)
+            if HAS_NORM:
+                total = norm_inverse_rms * (total - slope * tl.sum(u_sums[i + 1], axis=1))
+            grad_pre += tl.where((index == i)[None, :], total[:, None], 0.0)
 
     inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
     radial = vector_bwd(

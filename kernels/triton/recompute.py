@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from mhc_megatron.kernels.triton.norm import load_norm_weight, scaled
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     load_branch,
     load_coefficients,
     load_streams,
     post_mix_stream,
+    pre_mix,
     token_rows,
 )
 
@@ -21,12 +23,15 @@ def rebuild_fwd(
     packed_ptrs,
     y_ptrs,
     u_ptrs,
+    norm_weight_ptrs,
+    inverse_rms_ptrs,
     T,
     C: tl.constexpr,
     N: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
     BIASES: tl.constexpr,
+    NORMS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -34,9 +39,10 @@ def rebuild_fwd(
 
     ``packed_ptrs`` and ``u_ptrs`` have READS entries; ``branch_ptrs``, ``branch_bias_ptrs`` and
     ``y_ptrs`` WRITES, which is as many or one less. BIASES has a bit for each branch with a bias;
-    of the others the entry is None. Given the coefficients no channel needs another, so the state
-    never leaves the registers; it is rounded to the streams' dtype between sublayers, as
-    ``mix_fwd`` stores and reads it.
+    of the others the entry is None. NORMS is the same for ``norm_weight_ptrs`` and
+    ``inverse_rms_ptrs``, of READS entries: u is then normalised as ``mix_fwd`` did. Given the
+    coefficients no channel needs another, so the state never leaves the registers; it is rounded
+    to the streams' dtype between sublayers, as ``mix_fwd`` stores and reads it.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -51,10 +57,13 @@ def rebuild_fwd(
         packed_ptr = packed_ptrs[sublayer]
         # u = sum_i H_pre[i] x[i]
         read = load_coefficients(packed_ptr, 0, tokens, live, T, N)
-        u = read[0][:, None] * x[0]
-        for i in tl.static_range(1, N):
-            u += read[i][:, None] * x[i]
-        tl.store(u_ptrs[sublayer] + branch_rows + channels, u.to(dtype), mask=mask)
+        u = pre_mix(x, read, N).to(dtype)
+        if (NORMS >> sublayer) & 1:
+            inverse_rms = tl.load(inverse_rms_ptrs[sublayer] + tokens, mask=live, other=0.0)
+            columns = c + tl.arange(0, BC)
+            weight = load_norm_weight(norm_weight_ptrs[sublayer], columns, C)
+            u = scaled(u, inverse_rms, weight).to(dtype)
+        tl.store(u_ptrs[sublayer] + branch_rows + channels, u, mask=mask)
         if sublayer < WRITES:
             post = load_coefficients(packed_ptr, N, tokens, live, T, N)
             res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)

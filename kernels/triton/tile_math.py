@@ -69,10 +69,24 @@ def load_branch(
 
 @triton.jit
 def post_mix_stream(streams, branch, post, res, o: tl.constexpr, N: tl.constexpr):
-    """``sum_i res[o, i] x[i] + post[o] f``, stream o of the next state before rounding."""
+    """``sum_i res[o, i] x[i] + post[o] f``, stream o of the next state before rounding.
+
+    As in ``pre_mix``, every product but the first is in a fused multiply-add by name: left to the
+    compiler, it may fuse another product of the first sum in another kernel, and a state that
+    ``rebuild_fwd`` writes has other bits than the one that ``mix_fwd`` wrote.
+    """
     mixed = post[o][:, None] * branch
     for i in tl.static_range(N):
-        mixed += res[o * N + i][:, None] * streams[i]
+        mixed = tl.fma(res[o * N + i][:, None], streams[i], mixed)
+    return mixed
+
+
+@triton.jit
+def pre_mix(streams, read, N: tl.constexpr):
+    """``sum_i read[i] x[i]``, the branch's input before rounding."""
+    mixed = read[0][:, None] * streams[0]
+    for i in tl.static_range(1, N):
+        mixed = tl.fma(read[i][:, None], streams[i], mixed)
     return mixed
 
 

@@ -28,6 +28,8 @@ class Tiles:
         post: ``post_fwd``, post alone.
         rebuild: ``rebuild_fwd``, the states of a block without its branches.
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
+        mix_backward_norm: ``mix_bwd`` with the gradient of a norm, which has 2 n + 1 sums per token
+            and not n; None for ``mix_backward``.
         streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
         weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
@@ -43,6 +45,7 @@ class Tiles:
     mix_backward: Tile
     streams_backward: Tile
     weight_backward: Tile
+    mix_backward_norm: Tile | None = None
     weight_split: int = 1024
     product_terms: int = 3
 
@@ -84,6 +87,8 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             post=Tile(tokens=16, channels=128, num_stages=1),
             rebuild=Tile(tokens=16, channels=128, num_stages=1),
             mix_backward=Tile(tokens=32, channels=256),
+            # In the tile above it would spill; not measured.
+            mix_backward_norm=Tile(tokens=16, channels=128),
             streams_backward=Tile(tokens=16, channels=128, num_stages=1),
             weight_backward=Tile(tokens=64, channels=64),
             weight_split=2048,

@@ -69,10 +69,11 @@ def reduce_partials(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     """A number of bias [M] per program, then one of alpha [3], then BLOCK numbers of phi.
 
-    ``partial``: [2 M, programs], of ``mix_bwd``.
+    ``partial``: [2 M, programs], of ``mix_bwd``. ACCUMULATE adds phi's to what is there.
     """
     program = tl.program_id(0)
     if program < M + 3:
@@ -98,4 +99,6 @@ def reduce_partials(
         grad = tl.zeros([BLOCK], tl.float32)
         for split in tl.static_range(SPLITS):
             grad += tl.load(weight_partial_ptr + split * SIZE + offsets, mask=mask, other=0.0)
+        if ACCUMULATE:
+            grad += tl.load(grad_weight_ptr + offsets, mask=mask, other=0.0)
         tl.store(grad_weight_ptr + offsets, grad, mask=mask)

@@ -5,6 +5,7 @@ Megatron's blocks hand hidden states from layer to layer. ``post`` of a layer's 
 memory once less. What the next layer's ``pre`` made travels beside the hidden states.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.hyper_connection import Mix
+from mhc_megatron.megatron.phases import PhaseMarker
 from mhc_megatron.recompute import ForwardRecompute, StreamRecompute
 
 if TYPE_CHECKING:
@@ -23,11 +25,13 @@ class LayerChain:
 
     Attributes:
         recompute: what their forwards drop; None with ``recompute="none"``.
+        marker: of the chunk's phases; None where nothing is interleaved.
     """
 
     def __init__(self, recompute: StreamRecompute | None) -> None:
         self.layers: list[MHCTransformerLayer] = []
         self.recompute = recompute
+        self.marker: PhaseMarker | None = None
         self._handed: tuple[Tensor, Tensor, Mix] | None = None
 
     def after(self, layer: "MHCTransformerLayer") -> Optional["MHCTransformerLayer"]:
@@ -41,6 +45,17 @@ class LayerChain:
             return None
         return self.recompute.begin() if layer is self.layers[0] else self.recompute.current
 
+    def begin(
+        self, phase: str, *tensors: Tensor, used: Sequence[Tensor | None] = ()
+    ) -> tuple[Tensor, ...]:
+        """``PhaseMarker.begin``; nothing without a marker."""
+        return tensors if self.marker is None else self.marker.begin(phase, *tensors, used=used)
+
+    @property
+    def ends_model(self) -> bool:
+        """Whether a phase of the marker follows the layers."""
+        return self.marker is not None and self.marker.phases[-1].layer is None
+
     def hand_over(self, streams: Tensor, branch_input: Tensor, mix: Mix) -> None:
         """Leave what the next layer's ``pre`` would make of exactly these streams."""
         self._handed = (streams, branch_input, mix)
@@ -53,12 +68,12 @@ class LayerChain:
         return handed[1], handed[2]
 
 
-def stream_recompute(chunk: torch.nn.Module) -> StreamRecompute | None:
-    """The recompute of a model chunk; None with ``recompute="none"`` or the plain residual."""
+def chain_of(chunk: torch.nn.Module) -> LayerChain | None:
+    """The chain of a model chunk's layers; None with the plain residual."""
     for module in chunk.modules():
         chain = getattr(module, "chain", None)
         if isinstance(chain, LayerChain):
-            return chain.recompute
+            return chain
     return None
 
 

@@ -9,7 +9,9 @@ from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mhc_megatron.megatron.chain import stream_recompute
+from mhc_megatron.megatron.chain import chain_of
+from mhc_megatron.megatron.delayed_wgrad import QueuedWeightGrads
+from mhc_megatron.megatron.overlap import PhasedStage
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stage import AutogradStage
 from mhc_megatron.recompute import ForwardRecompute
@@ -56,7 +58,8 @@ class ChunkStages:
         is_last = stage == self._num_stages - 1
         source = _Source(data)
         self._sources.append(source)
-        recompute = stream_recompute(chunk)
+        chain, queued = chain_of(chunk), QueuedWeightGrads(chunk)
+        recompute, marker = (None, None) if chain is None else (chain.recompute, chain.marker)
         dropped: dict[int, ForwardRecompute] = {}
         first: int | None = None
 
@@ -65,6 +68,8 @@ class ChunkStages:
             first = mb if first is None else first
             source.skip_to(mb)
             source.position += 1
+            if marker is not None:
+                marker.start()
             output, num_tokens = forward_step(
                 self._forward_step_func,
                 data,
@@ -85,13 +90,23 @@ class ChunkStages:
                 self.num_tokens = self.num_tokens + num_tokens
                 if self._config.grad_scale_func is not None and not self._forward_only:
                     output = self._config.grad_scale_func(output)
+            if marker is not None:
+                marker.end(output)
             return output
 
         def rebuild(mb: int) -> None:
             if mb in dropped:
                 dropped.pop(mb).rebuild()
 
-        return AutogradStage(forward, rebuild=rebuild, name=f"stage {stage}")
+        options: dict[str, Any] = {
+            "rebuild": rebuild,
+            "queued": queued.take if queued else None,
+            "name": f"stage {stage}",
+        }
+        if marker is None:
+            return AutogradStage(forward, **options)
+        ahead = marker.rebuilds_ahead and recompute is not None
+        return PhasedStage(forward, marker, take_dropped=dropped.pop if ahead else None, **options)
 
     def skip_what_others_took(self) -> None:
         """Leave every chunk's data at the next step's first micro-batch."""

@@ -1,9 +1,15 @@
 """Every difference between the supported megatron-core versions, each with its bounds."""
 
+import contextlib
 import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Iterator
 
 import megatron.core
-from megatron.core import parallel_state
+import typing_extensions
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from packaging.version import Version
@@ -26,6 +32,42 @@ def require_supported_core() -> None:
         raise UserError(
             f"megatron-core {version} is not supported; install megatron-core>=0.16,<0.20"
         )
+
+
+def require_training_loop() -> None:
+    """Raise a UserError unless ``megatron.training`` is here, with the interface of 0.19.
+
+    The wheels of core < 0.19 have no such package, and a Megatron-LM checkout of that age has
+    another ``pretrain``: no config container, no ``p2p_communicator``.
+    """
+    version = core_version()
+    if version < Version("0.19"):
+        raise UserError(
+            f"Megatron's own training loop needs megatron-core 0.19, this is {version}: its wheel "
+            "has no megatron.training; install megatron-core>=0.19 (Python 3.12 or newer), or use "
+            "mhc-megatron train"
+        )
+    if importlib.util.find_spec("megatron.training") is None:
+        raise UserError(
+            f"megatron-core {version} is here without megatron.training; install the wheel of "
+            "megatron-core>=0.19, or put a Megatron-LM checkout of that release on PYTHONPATH"
+        )
+
+
+@contextlib.contextmanager
+def typing_override() -> Iterator[None]:
+    """``typing.override`` while ``megatron.training`` is imported.
+
+    core >= 0.19 is published for Python >= 3.12, where it exists; its source also runs on 3.10.
+    """
+    if sys.version_info >= (3, 12) or hasattr(typing, "override"):
+        yield
+        return
+    setattr(typing, "override", typing_extensions.override)  # noqa: B010
+    try:
+        yield
+    finally:
+        delattr(typing, "override")
 
 
 def batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -54,3 +96,29 @@ def require_transformer_engine_where_core_does(config: TransformerConfig) -> Non
                 f"{module} on megatron-core {core_version()} cannot run without Transformer "
                 "Engine; install transformer-engine or megatron-core>=0.17"
             )
+
+
+def forget_moe_metrics() -> None:
+    """Drop Megatron's table of losses by MoE layer, which has the size of the first model.
+
+    It outlives ``destroy_model_parallel``; core 0.16 keeps it in ``moe_utils``, 0.19 in
+    ``moe_logging``.
+    """
+    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is None:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+        return
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+    destroy_moe_metrics_tracker()
+
+
+def own_async_writer() -> dict[str, str]:
+    """The keyword with which ``dist_checkpointing.save`` uses Megatron's own background writer.
+
+    core 0.16 has no other; core 0.19 uses that of nvidia-resiliency-ext if it is not told.
+    """
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        return {"async_strategy": "mcore"}
+    return {}

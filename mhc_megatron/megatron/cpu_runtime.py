@@ -18,6 +18,7 @@ does anywhere without them.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -161,6 +162,16 @@ class _Generators:
 
 
 @contextlib.contextmanager
+def cpu_runtime_in_thread() -> Iterator[None]:
+    """What a thread that is started inside ``cpu_runtime`` enters: torch's modes are a thread's."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with _CudaMeansCPU():
+        yield
+
+
+@contextlib.contextmanager
 def cpu_runtime() -> Iterator[None]:
     """Let megatron-core run on the CPU inside this context (no effect where CUDA is available)."""
     if torch.cuda.is_available():
@@ -171,4 +182,30 @@ def cpu_runtime() -> Iterator[None]:
             undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, substitute)
         undo.enter_context(_CudaMeansCPU())
+        yield
+
+
+@contextlib.contextmanager
+def training_loop_cpu_runtime() -> Iterator[None]:
+    """``cpu_runtime`` for ``megatron.training.pretrain``, which asks more of its machine.
+
+    It refuses to begin unless CUDA is available, so CUDA counts as available until the process
+    groups exist; it asks for the GPU's generation, which is 0; and it compiles functions, for which
+    torch asks for the GPU's name, so compiled functions run as they are written.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    substitutes: list[tuple[str, Any]] = [
+        ("is_available", lambda: not torch.distributed.is_initialized()),
+        ("get_device_properties", lambda device=None: SimpleNamespace(major=0, minor=0)),
+    ]
+    with (
+        cpu_runtime(),
+        torch.compiler.set_stance("force_eager"),
+        contextlib.ExitStack() as undo,
+    ):
+        for name, substitute in substitutes:
+            undo.callback(setattr, torch.cuda, name, getattr(torch.cuda, name))
+            setattr(torch.cuda, name, substitute)
         yield

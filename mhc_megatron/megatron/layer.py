@@ -1,5 +1,6 @@
 """Megatron's transformer layer with a hyper-connection around each of its two branches."""
 
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -8,15 +9,23 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from megatron.core.utils import make_viewless_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
+from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.hyper_connection import HyperConnection
+from mhc_megatron.fp8 import reject_unsupported_precision, reject_weights
+from mhc_megatron.hyper_connection import HyperConnection, Mix, normalises, tensors_of
 from mhc_megatron.megatron.chain import ChainBuilder
+from mhc_megatron.megatron.engine import engine_weights, this_platform
 from mhc_megatron.megatron.norm import tag_sequence_parallel
-from mhc_megatron.megatron.unsupported import reject_unsupported, reject_unsupported_recompute
-from mhc_megatron.streams import expand_streams
+from mhc_megatron.megatron.phased_moe import run_moe
+from mhc_megatron.megatron.unsupported import (
+    reject_unsupported,
+    reject_unsupported_recompute,
+    reject_unsupported_single_pass,
+)
+from mhc_megatron.streams import expand_streams, join_hidden, split_hidden
 
 # What Megatron's blocks pass to a layer for its attention.
 _ATTENTION_ARGUMENTS = (
@@ -33,6 +42,9 @@ _ATTENTION_ARGUMENTS = (
 
 class MHCTransformerLayer(TransformerLayer):
     """Attention and MLP (or MoE), each inside a hyper-connection; hidden states are [s, b, n*C].
+
+    With ``mhc.variant="single_pass"`` what enters and leaves a block is [s, b, (n + 1)*C]: the
+    streams and the next branch's input, which the receiver cannot compute (``join_hidden``).
 
     Built from a stock layer spec by ``with_hyper_connections``. Only ``forward`` is overridden;
     it calls the parent's public submodules and none of its private steps.
@@ -61,16 +73,21 @@ class MHCTransformerLayer(TransformerLayer):
     ) -> None:
         reject_unsupported(config, submodules)
         reject_unsupported_recompute(config, mhc)
+        reject_unsupported_precision(config, this_platform())
+        reject_unsupported_single_pass(config, mhc)
         super().__init__(config, submodules, *args, **kwargs)
+        reject_weights(config, engine_weights(self))
         self.mhc = mhc
         self.expand_input = expand_input
         first = 2 * (self.layer_number - 1)
-        self.self_attention_hyper_connection = HyperConnection(
-            mhc, hidden_size=config.hidden_size, sublayer=first
+        connection = partial(
+            HyperConnection,
+            mhc,
+            hidden_size=config.hidden_size,
+            gradient_accumulation_fusion=config.gradient_accumulation_fusion,
         )
-        self.mlp_hyper_connection = HyperConnection(
-            mhc, hidden_size=config.hidden_size, sublayer=first + 1
-        )
+        self.self_attention_hyper_connection = connection(sublayer=first)
+        self.mlp_hyper_connection = connection(sublayer=first + 1)
         tag_sequence_parallel(self.self_attention_hyper_connection, config)
         tag_sequence_parallel(self.mlp_hyper_connection, config)
         self.chain = (chain or ChainBuilder(mhc, num_layers=1)).join(self, position)
@@ -92,12 +109,13 @@ class MHCTransformerLayer(TransformerLayer):
 
         Args:
             hidden_states: [s, b, n*C], or [s, b, C] with ``expand_input`` (s is the local shard
-                under sequence or context parallelism).
+                under sequence or context parallelism); under ``single_pass`` [s, b, (n + 1)*C],
+                or [s, b, n*C] handed over by the chain.
             attention_mask, padding_mask, attention_arguments: as for ``TransformerLayer.forward``.
             context, context_mask: unused, there is no cross attention.
 
         Returns:
-            ([s, b, n*C], context).
+            ([s, b, n*C], context); under ``single_pass`` [s, b, (n + 1)*C] at a block's end.
         """
         packed = attention_arguments.get("packed_seq_params")
         if self.is_moe_layer and getattr(packed, "tokens_per_sample", None) is not None:
@@ -106,14 +124,13 @@ class MHCTransformerLayer(TransformerLayer):
                 "restored before the router, which hyper-connections do not do; use "
                 "micro_batch_size=1 or dense layers"
             )
-        streams = hidden_states
-        if self.expand_input:
-            streams = expand_streams(hidden_states, self.mhc.num_streams)
-
+        streams, branch_input, mix = self._enter(hidden_states)
         attention, mlp = self.self_attention_hyper_connection, self.mlp_hyper_connection
         recompute, sublayer = self.chain.forward_recompute(self), self._first_in_block
-        branch_input, mix = self.chain.take(hidden_states) or attention.pre(streams)
-        normed = _single(self.input_layernorm(branch_input), "input_layernorm")
+        normed = branch_input
+        if not normalises(mix):
+            normed = _single(self.input_layernorm(branch_input), "input_layernorm")
+        (normed,) = self.chain.begin("attention", normed, used=(streams, *tensors_of(mix)))
         output, bias = self.self_attention(
             normed,
             attention_mask=attention_mask,
@@ -131,13 +148,23 @@ class MHCTransformerLayer(TransformerLayer):
                 mix=mix,
             )
         before = streams
-        streams, branch_input, mix = attention.post_pre(streams, output, mix, mlp, branch_bias=bias)
+        (output,) = self.chain.begin("attention_post", output, used=(streams, *tensors_of(mix)))
+        streams, branch_input, mix = attention.post_pre(
+            streams,
+            output,
+            mix,
+            mlp,
+            branch_bias=bias,
+            norm=self._inside(self.pre_mlp_layernorm),
+        )
         if recompute is not None:
             recompute.streams_done(sublayer, streams=before, new_streams=streams)
 
         sublayer += 1
-        normed = _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm")
-        output, bias = self.mlp(normed, padding_mask=padding_mask)
+        normed = branch_input
+        if not normalises(mix):
+            normed = _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm")
+        output, bias = self._mlp(normed, padding_mask)
         if recompute is not None:
             recompute.branch_done(
                 sublayer,
@@ -150,9 +177,13 @@ class MHCTransformerLayer(TransformerLayer):
                 mix=mix,
             )
         before = streams
+        (output,) = self.chain.begin("mlp_post", output, used=(streams, *tensors_of(mix)))
         following = self.chain.after(self) if self._hands_over else None
         if following is None:
-            streams = _viewless(mlp.post(streams, output, mix, branch_bias=bias))
+            streams = mlp.post(streams, output, mix, branch_bias=bias)
+            if self.mhc.variant == "single_pass":
+                streams = join_hidden(streams, mlp.read(streams, mix))
+            streams = _viewless(streams)
         else:
             streams, branch_input, mix = mlp.post_pre(
                 streams,
@@ -160,12 +191,60 @@ class MHCTransformerLayer(TransformerLayer):
                 mix,
                 following.self_attention_hyper_connection,
                 branch_bias=bias,
+                norm=self._inside(following.input_layernorm),
             )
             streams = _viewless(streams)
             self.chain.hand_over(streams, branch_input, mix)
         if recompute is not None:
             recompute.streams_done(sublayer, streams=before, new_streams=streams)
+        if following is None and self.chain.ends_model:
+            (streams,) = self.chain.begin("leave", streams)
+            streams = _viewless(streams)
         return streams, context
+
+    def _mlp(self, normed: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        begin = self.chain.begin
+        if self.chain.marker is not None and self.is_moe_layer:
+            (normed,) = begin("router", normed)
+            return run_moe(self.mlp, normed, padding_mask, begin), None
+        (normed,) = begin("mlp", normed)
+        output, bias = self.mlp(normed, padding_mask=padding_mask)
+        return output, bias
+
+    def _enter(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Mix]:
+        """The streams [s, b, n*C], the first branch's input [s, b, C] and its mappings."""
+        handed = self.chain.take(hidden_states)
+        if handed is not None:
+            return hidden_states, *handed
+        streams, branch_input = hidden_states, None
+        if self.expand_input:
+            n, backend = self.mhc.num_streams, self.mhc.backend
+            streams = expand_streams(hidden_states, n, backend=backend)
+        if self.mhc.variant == "single_pass":
+            # Before the first sublayer there is none: its A is the one-hot vector of stream 0.
+            branch_input = hidden_states
+            if not self.expand_input:
+                streams, branch_input = self._split(hidden_states)
+        own_read, mix = self.self_attention_hyper_connection.pre(
+            streams, norm=self._inside(self.input_layernorm)
+        )
+        return streams, own_read if branch_input is None else branch_input, mix
+
+    def _inside(self, norm: nn.Module) -> BranchNorm | None:
+        """A norm that the hyper-connection may apply; any other the layer calls itself."""
+        reads_before = self.mhc.variant == "single_pass"
+        return norm if isinstance(norm, BranchNorm) and not reads_before else None
+
+    def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.mhc.hidden_parts * self.config.hidden_size
+        if hidden_states.shape[-1] != width:
+            raise UserError(
+                f"layer {self.layer_number} of a single-pass model got hidden states of width "
+                f"{hidden_states.shape[-1]}, not {width}: something between the layers replaced "
+                "what the layer before handed over; pass its output on as it is, or use "
+                "variant='two_pass'"
+            )
+        return split_hidden(hidden_states, self.mhc)
 
 
 def _viewless(streams: Tensor) -> Tensor:

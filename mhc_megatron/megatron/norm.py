@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.streams import Contraction
@@ -41,7 +42,7 @@ class TorchNorm:
                 "layernorm_zero_centered_gamma=True needs Transformer Engine or apex norms; "
                 "set it to False or use transformer_impl='transformer_engine'"
             )
-        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": BranchNorm}
         if config.normalization not in kinds:
             raise UserError(
                 f"normalization={config.normalization!r} is not one of {', '.join(kinds)}"
@@ -68,7 +69,7 @@ class ContractNorm(nn.Module):
         self.norm = build_module(inner, config=config, hidden_size=hidden_size, eps=eps)
 
     def forward(self, streams: Tensor) -> Tensor:
-        """[s, b, n*C] to the normalised [s, b, C]."""
+        """[s, b, n*C], or what ``Contraction`` takes, to the normalised [s, b, C]."""
         return self.norm(self.contraction(streams))
 
     def sharded_state_dict(

@@ -12,13 +12,23 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.launch.environment import cuda_connections
+from mhc_megatron.megatron.chunk_phases import mark_phases
 from mhc_megatron.megatron.chunk_stages import ChunkStages
-from mhc_megatron.pipeline.executor import ExecutionError, execute
+from mhc_megatron.megatron.delayed_wgrad import QueuedWeightGrads
+from mhc_megatron.megatron.overlap import LaneOverlap
+from mhc_megatron.megatron.phases import Lanes
+from mhc_megatron.pipeline.actions import Overlap
+from mhc_megatron.pipeline.executor import ExecutionError, Progress, execute
 from mhc_megatron.pipeline.lower import Program, lower_rank
+from mhc_megatron.pipeline.phases import OverlapMode
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stopwatch import Stopwatch
 from mhc_megatron.pipeline.transport import Message, Transport
 from mhc_megatron.pipeline.validate import validate
+
+# CUDA's own default.
+_LEAST_QUEUES = 8
 
 
 class ForwardBackward:
@@ -32,23 +42,39 @@ class ForwardBackward:
     Args:
         schedule: any that ``validate`` accepts.
         transport: to the neighbours; made once, for all steps.
-        num_streams: n of the hyper-connections, 1 for the plain residual: messages are
-            [s, b, n*C].
+        hidden_parts: of ``MHCConfig``, 1 for the plain residual: messages are
+            [s, b, hidden_parts*C].
+        overlap: what the schedule's Overlaps do.
 
     Attributes:
         stopwatch: measures the actions of the steps while it is set.
+        progress: told of every item that begins, if it is set (``execute``).
 
     Raises:
         ScheduleError: the schedule is not valid.
-        UserError: two copies of each stage that are not replicas to Megatron.
+        UserError: two copies of each stage that are not replicas to Megatron, or ``overlap`` of a
+            schedule without Overlaps.
     """
 
-    def __init__(self, schedule: Schedule, transport: Transport, *, num_streams: int = 1) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        transport: Transport,
+        *,
+        hidden_parts: int = 1,
+        overlap: OverlapMode = "none",
+    ) -> None:
         validate(schedule)
         _check_copies(schedule)
-        self.schedule, self.transport, self.num_streams = schedule, transport, num_streams
+        self.schedule, self.transport, self.hidden_parts = schedule, transport, hidden_parts
         self.stopwatch: Stopwatch | None = None
+        self.progress: Progress | None = None
         self._programs: dict[bool, Program] = {}
+        self._mode = overlap
+        self._lanes: Lanes | None = None
+        self._overlap: LaneOverlap | None = None
+        if overlap != "none":
+            check_overlap(schedule, overlap)
 
     def __call__(
         self,
@@ -94,6 +120,8 @@ class ForwardBackward:
             p2p_communicator=p2p_communicator is not None,
         )
         self._check(config, chunks, stages, num_microbatches)
+        if self._mode != "none":
+            self._mark(chunks, stages)
         step = ChunkStages(
             forward_step_func=forward_step_func,
             config=config,
@@ -118,7 +146,9 @@ class ForwardBackward:
                     self.transport,
                     num_stages=self.schedule.num_stages,
                     message=self._message(config, seq_length, micro_batch_size),
+                    overlap=self._overlap,
                     stopwatch=self.stopwatch,
+                    progress=self.progress,
                 )
             except ExecutionError as error:
                 if isinstance(error.__cause__, UserError):
@@ -128,6 +158,17 @@ class ForwardBackward:
         if not forward_only and config.finalize_model_grads_func is not None:
             self._finalize(config, chunks, step.num_tokens, pg_collection, force_all_reduce)
         return step.reports
+
+    def _mark(self, chunks: list[torch.nn.Module], stages: tuple[int, ...]) -> None:
+        if self._lanes is not None:
+            return
+        current = torch.cuda.current_device()
+        on_gpu = isinstance(current, int)
+        self._lanes = Lanes(torch.device("cuda", current) if on_gpu else torch.device("cpu"))
+        self._overlap = LaneOverlap(self._lanes)
+        for stage, chunk in zip(stages, chunks, strict=True):
+            ends_model = stage == self.schedule.num_stages - 1
+            mark_phases(chunk, self._lanes, self._mode, ends_model=ends_model)
 
     def _program(self, forward_only: bool) -> Program:
         if forward_only not in self._programs:
@@ -145,7 +186,7 @@ class ForwardBackward:
             local //= parallel_state.get_tensor_model_parallel_world_size()
         current = torch.cuda.current_device()
         return Message(
-            shape=(local, micro_batch_size, config.hidden_size * self.num_streams),
+            shape=(local, micro_batch_size, config.hidden_size * self.hidden_parts),
             dtype=config.pipeline_dtype or config.params_dtype,
             device=torch.device("cuda", current) if isinstance(current, int) else current,
         )
@@ -185,6 +226,7 @@ class ForwardBackward:
                 "at different times; use aux_loss or seq_aux_loss"
             )
         for chunk in chunks:
+            _check_delayed(chunk)
             if get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights"):
                 raise UserError(
                     f"tied embeddings under {name}: the first and the last stage hold copies whose "
@@ -211,6 +253,24 @@ class ForwardBackward:
         )
 
 
+def check_overlap(schedule: Schedule, mode: OverlapMode) -> None:
+    """Raise a UserError if nothing in the schedule, or in the process, can be interleaved."""
+    where = f"parallel.overlap={mode!r}"
+    if not any(isinstance(action, Overlap) for row in schedule.ranks for action in row):
+        raise UserError(
+            f"{where}: {schedule.name} has no Overlap to interleave; use dualpipe_v or dualpipe, "
+            "or parallel.overlap='none'"
+        )
+    connections = cuda_connections() or str(_LEAST_QUEUES)
+    enough = connections.isdigit() and int(connections) >= _LEAST_QUEUES
+    if torch.cuda.is_available() and not enough:
+        raise UserError(
+            f"{where} with CUDA_DEVICE_MAX_CONNECTIONS={connections}: the lanes would share the "
+            f"GPU's hardware queues and wait for each other; set it to {_LEAST_QUEUES} or more "
+            "(32 is the most), or parallel.overlap='none'"
+        )
+
+
 def _check_copies(schedule: Schedule) -> None:
     copies = schedule.placement.num_copies
     found = parallel_state.get_pipeline_model_parallel_world_size()
@@ -220,6 +280,18 @@ def _check_copies(schedule: Schedule) -> None:
             f"which have to be data-parallel replicas, but Megatron's pipeline has {found} ranks; "
             f"initialise it with pipeline_model_parallel_size={schedule.num_ranks // copies}"
         )
+
+
+def _check_delayed(chunk: torch.nn.Module) -> None:
+    """Megatron's DDP adds up a queued weight gradient only if it is told that there are some."""
+    ddp_config = getattr(chunk, "ddp_config", None)
+    if ddp_config is None or ddp_config.delay_wgrad_compute or not QueuedWeightGrads(chunk):
+        return
+    raise UserError(
+        "the chunks delay weight gradients (delay_wgrad_compute), and their "
+        "DistributedDataParallel would not add them up; set "
+        "DistributedDataParallelConfig(delay_wgrad_compute=True)"
+    )
 
 
 def refuse_arguments(**given: bool) -> None:

@@ -11,7 +11,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -107,6 +111,29 @@ def gpt_block_spec(
     return with_hyper_connections(block, mhc, holds_first_layer=offset == 0)
 
 
+def block_of_layers(
+    spec: ModuleSpec | TransformerBlockSubmodules,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """What ``GPTModel`` makes of a layer spec: one (virtual) stage of layers, and a final norm.
+
+    Source: ``megatron.core.transformer.transformer_block._get_block_submodules``. Local norms also
+    take sequence parallelism.
+
+    Args:
+        spec: one layer's, repeated for every layer of the stage; or a whole block's, kept.
+        config: the model's configuration.
+        vp_stage: the virtual stage that is built.
+    """
+    if isinstance(spec, ModuleSpec):
+        num_layers = get_num_layers_to_build(config, vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LayerNormImpl)
+    block: TransformerBlockSubmodules = _completed(spec)
+    return block
+
+
 def gpt_mtp_spec(
     config: TransformerConfig,
     *,
@@ -141,6 +168,7 @@ def _stock_block_spec(
         config,
         use_transformer_engine=use_transformer_engine,
         normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )

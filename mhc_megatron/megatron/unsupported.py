@@ -44,6 +44,12 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         "the streams have the layers' dtype and the mixing is summed in float32 already",
         "set it to False",
     )
+    refuse(
+        getattr(config, "fused_residual_rmsnorm", False),
+        "fused_residual_rmsnorm=True",
+        "its norm hands its input on as the residual, which here are the streams",
+        "set it to False",
+    )
     if config.recompute_granularity == "selective":
         lost = {"layernorm", "mlp"} & set(config.recompute_modules or ())
         refuse(
@@ -132,3 +138,18 @@ def reject_unsupported_recompute(config: TransformerConfig, mhc: MHCConfig) -> N
                 f"{option} does not combine with recompute={mhc.recompute!r} of the "
                 f"hyper-connections: {reason}; {remedy}"
             )
+
+
+def reject_unsupported_single_pass(config: TransformerConfig, mhc: MHCConfig) -> None:
+    """Raise a UserError for what replaces the hidden states between single-pass layers.
+
+    Args:
+        config: the model's configuration.
+        mhc: its ``variant``; ``two_pass`` reads any hidden states again.
+    """
+    if mhc.variant == "single_pass" and config.cpu_offloading:
+        raise UserError(
+            "cpu_offloading=True does not combine with variant='single_pass' of the "
+            "hyper-connections: it replaces the hidden states between layers, and with them the "
+            "branch's input that was handed over; set it to False, or variant='two_pass'"
+        )

@@ -105,6 +105,17 @@ def _summary(name: str, run: Run) -> str:
         ("throughput", _value(numbers.tokens_per_s, 0, " tokens/s (median)")),
         ("step time", _value(numbers.step_ms, 1, " ms (median)")),
     ]
+    if numbers.joules_per_token is not None:
+        rows.append(("energy", _value(numbers.joules_per_token, 4, " J per token (median)")))
+    if numbers.gpu_busy is not None:
+        rows.append(("GPUs busy", _value(100 * numbers.gpu_busy, 0, " % of the time (median)")))
+    if run.rollbacks:
+        left_out = "; ".join(
+            f"step {rollback.step} left out after step {rollback.back_to} was loaded: "
+            f"{rollback.problem}"
+            for rollback in run.rollbacks
+        )
+        rows.insert(1, ("rollbacks", f"{len(run.rollbacks)} ({left_out})"))
     if info is not None:
         if info.parameters is not None:
             rows.insert(1, ("parameters", f"{info.parameters:,}"))

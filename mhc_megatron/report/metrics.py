@@ -2,8 +2,9 @@
 
 ``metrics.jsonl`` has one JSON object per line. Every line has ``step`` (1-based: the number of
 steps done). A training step adds ``loss`` (nats per token), ``lr``, ``grad_norm`` (before
-clipping), ``tokens_per_s`` and ``step_ms``; a validation adds ``valid_loss``, on the step's line
-or on one of its own. Other keys are allowed.
+clipping), ``tokens_per_s`` and ``step_ms``, and where NVML tells ``joules`` (of all GPUs, since the
+step before ended), ``joules_per_token`` and ``gpu_busy`` (0 to 1); a validation adds
+``valid_loss``, on the step's line or on one of its own. Other keys are allowed.
 
 ``gains.jsonl`` has one line per probe of the residual mappings: ``step``, ``sublayers`` (names in
 depth order), and ``single`` and ``composite``, each with the lists ``forward``, ``backward`` and
@@ -57,14 +58,14 @@ class RunInfo:
         config: the nested configuration.
         environment: versions and machine, for example ``torch``, ``megatron_core``, ``python``,
             ``device``, ``world_size``, ``commit``.
-        status: ``running`` until the run ends.
+        status: ``running`` until the run ends; ``stopped`` when it was told to and has saved.
         parameters: parameters of the whole model.
         error: the message of a failed run.
     """
 
     config: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
-    status: Literal["running", "finished", "failed"]
+    status: Literal["running", "finished", "stopped", "failed"]
     parameters: int | None = None
     error: str | None = None
 

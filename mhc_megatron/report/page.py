@@ -19,7 +19,7 @@ section { background: #fff; border: 1px solid #e4e4e0; border-radius: 6px;
 .lead { color: #555; }
 .status { display: inline-block; padding: 0 .55em; border-radius: 1em; font-size: .85em;
   border: 1px solid currentColor; }
-.finished { color: #00684c; } .running { color: #005a8e; } .failed { color: #a84300; }
+.finished { color: #00684c; } .running, .stopped { color: #005a8e; } .failed { color: #a84300; }
 .note { border-left: 3px solid #D55E00; padding-left: .7em; color: #555; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem; }

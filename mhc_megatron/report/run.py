@@ -1,7 +1,7 @@
 """A run as the reports see it: everything that its folder holds, read once."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from mhc_megatron.report.metrics import (
     read_metrics,
     read_run,
 )
+from mhc_megatron.report.rollbacks import Rollback, read_rollbacks
 
 Kind = Literal["single", "composite"]
 Measure = Literal["forward", "backward", "log_column"]
@@ -34,6 +35,7 @@ class Run:
         metrics: lines of metrics.jsonl.
         probes: lines of gains.jsonl.
         notes: what a reader should know about the files.
+        rollbacks: steps that were left out.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Run:
     metrics: list[dict[str, Any]]
     probes: list[dict[str, Any]]
     notes: list[str]
+    rollbacks: list[Rollback] = field(default_factory=list)
 
     def curve(self, key: str) -> Curve:
         """The values of a metric at the steps that have one."""
@@ -85,6 +88,7 @@ class Summary:
             and training.
         step_ms: median.
         tokens_per_s: median.
+        joules_per_token, gpu_busy: medians; None where NVML did not tell.
     """
 
     name: str
@@ -96,6 +100,8 @@ class Summary:
     log_column: float | None
     step_ms: float | None
     tokens_per_s: float | None
+    joules_per_token: float | None = None
+    gpu_busy: float | None = None
 
 
 def load_run(folder: Path | str) -> Run:
@@ -116,7 +122,14 @@ def load_run(folder: Path | str) -> Run:
         notes.append(f"There is no {RUN_FILE}: configuration and versions are unknown.")
     for number, probe in enumerate(gains.lines, start=1):
         _check_probe(folder / GAINS_FILE, number, probe)
-    return Run(folder=folder, info=info, metrics=metrics.lines, probes=gains.lines, notes=notes)
+    return Run(
+        folder=folder,
+        info=info,
+        metrics=metrics.lines,
+        probes=gains.lines,
+        notes=notes,
+        rollbacks=read_rollbacks(folder),
+    )
 
 
 def summarise(name: str, run: Run) -> Summary:
@@ -132,6 +145,8 @@ def summarise(name: str, run: Run) -> Summary:
         log_column=_peak(run.gain_curve("composite", "log_column")),
         step_ms=_median(run.curve("step_ms")),
         tokens_per_s=_median(run.curve("tokens_per_s")),
+        joules_per_token=_median(run.curve("joules_per_token")),
+        gpu_busy=_median(run.curve("gpu_busy")),
     )
 
 

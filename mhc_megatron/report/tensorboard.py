@@ -1,12 +1,12 @@
 """The metrics of a run as TensorBoard scalars."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mhc_megatron.gains import GainCurves, Gains
+from mhc_megatron.gains import Gains
 from mhc_megatron.report.curves import peak
 
 _TAGS = {
@@ -15,6 +15,8 @@ _TAGS = {
     "grad_norm": "optimizer/grad_norm",
     "lr": "optimizer/lr",
     "tokens_per_s": "speed/tokens_per_s",
+    "joules_per_token": "gpu/joules_per_token",
+    "gpu_busy": "gpu/busy",
 }
 
 
@@ -39,9 +41,8 @@ class TensorBoardLog:
 
     def write_gains(self, step: int, gains: Gains) -> None:
         """The maxima over depth of the gain magnitudes."""
-        for kind, curves in (("single", gains.single), ("composite", gains.composite)):
-            for measure, values in _measures(curves):
-                self._writer.add_scalar(f"gain_{kind}/{measure}", peak(values), step)
+        for tag, value in gain_scalars(gains):
+            self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -60,9 +61,14 @@ class TensorBoardLog:
         self.close()
 
 
-def _measures(curves: GainCurves) -> list[tuple[str, list[float]]]:
-    return [
-        ("forward", curves.forward),
-        ("backward", curves.backward),
-        ("log_column", curves.log_column),
-    ]
+def gain_scalars(gains: Gains) -> Iterator[tuple[str, float]]:
+    """(tag, maximum over depth) of every gain magnitude."""
+    for kind, curves in (("single", gains.single), ("composite", gains.composite)):
+        for measure in ("forward", "backward", "log_column"):
+            yield f"gain_{kind}/{measure}", peak(getattr(curves, measure))
+
+
+def timing_scalars(milliseconds: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """(tag, milliseconds of a step) of what ``HyperConnectionTimer.milliseconds`` returned."""
+    for kind, value in milliseconds.items():
+        yield f"hyper_connection_ms/{kind}", value

@@ -1,41 +1,43 @@
 """Distributed checkpoints: published whole or not at all, loadable under any layout.
 
 A checkpoint is a folder ``step_00000100`` with Megatron's distributed format (``torch_dist``),
-this run's configuration and a manifest of file sizes. It is written under a temporary name and
-renamed when complete, so a name ``step_*`` never stands for a part of one.
+this run's configuration and a manifest of file sizes and checksums. It is written under a
+temporary name and renamed when complete, so a name ``step_*`` never stands for a part of one.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
-from mhc_megatron.errors import UserError
 from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.manifest import (
+    CONFIG,
+    checksum,
+    list_checkpoints,
+    write_manifest,
+    written_by,
+)
 from mhc_megatron.training.model import config_dict
+from mhc_megatron.training.write_error import require_disk
 
-_MANIFEST, _CONFIG = "manifest.json", "train_config.json"
+# Per-rank parameter counts of the optimizer's groups are not common to all ranks.
+SAVE_OPTIONS: dict[str, Any] = {"preprocess_common_before_consistancy_check": lambda common: {}}
+
 _PARTIAL = ".partial-"
-# Sections that define the function being trained and the data order; the layout may change.
-_FIXED = ("model", "mhc", "data", "seed", "global_batch_size", "steps", "dtype")
-# These change memory and time, and no number.
-_FREE = ("mhc.recompute", "mhc.recompute_block")
 
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / _MANIFEST).is_file())
 
 
 def _metadata() -> dict[str, Any]:
@@ -54,9 +56,10 @@ def _state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool) -
         key: chunk.sharded_state_dict(prefix="", metadata=metadata)  # type: ignore[operator]
         for key, chunk in zip(keys, chunks, strict=True)
     }
-    state["optimizer"] = optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=metadata
-    )
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=metadata
+        )
     return state
 
 
@@ -66,7 +69,7 @@ def save(
     *,
     config: TrainConfig,
     chunks: list[torch.nn.Module],
-    optimizer: Any,
+    optimizer: Any | None,
 ) -> Path:
     """Save model and optimizer after ``step`` steps and remove old checkpoints.
 
@@ -75,68 +78,121 @@ def save(
         step: completed optimizer steps.
         config: the run; ``keep_checkpoints`` of the newest checkpoints stay.
         chunks: the bare model chunks (not DDP's wrapper).
-        optimizer: Megatron's optimizer.
+        optimizer: Megatron's optimizer; None before its first step, when it has no state.
 
     Returns:
         The published checkpoint.
-    """
-    final, partial = folder / _name(step), folder / (_PARTIAL + _name(step))
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    state = _state(chunks, optimizer, is_loading=False)
-    state["step"] = step
-    # Per-rank parameter counts of the optimizer's groups are not common to all ranks.
-    dist_checkpointing.save(
-        state, str(partial), preprocess_common_before_consistancy_check=lambda common: {}
-    )
-    torch.distributed.barrier()
-    if is_first:
-        (partial / _CONFIG).write_text(json.dumps(config_dict(config), indent=2))
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        (partial / _MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in list_checkpoints(folder)[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
-    return final
-
-
-def verify(path: Path, config: TrainConfig) -> int:
-    """Check a checkpoint before anything is loaded; returns its step.
 
     Raises:
-        UserError: a file is missing or truncated, or the configuration differs in a field that
-            defines the model or the data order.
+        UserError: it cannot be written, as on a full disk. Nothing is left of it, and the
+            checkpoints before it are as they were.
     """
-    manifest = json.loads((path / _MANIFEST).read_text())
-    for name, size in manifest["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise UserError(
-                f"checkpoint {path} is damaged: {name} {state}; remove that folder to resume from "
-                "the checkpoint before it"
-            )
-    saved, wanted = json.loads((path / _CONFIG).read_text()), config_dict(config)
-    for section in _FIXED:
-        old, new = saved[section], wanted[section]
-        pairs = (
-            [(f"{section}.{key}", old.get(key), new[key]) for key in new]
-            if isinstance(new, dict)
-            else [(section, old, new)]
-        )
-        for key, before, now in pairs:
-            if before != now and key not in _FREE:
-                raise UserError(
-                    f"checkpoint {path} was saved with {key}={before!r}, this run has {now!r}; "
-                    f"set {key}={before} or use another out folder"
-                )
-    return int(manifest["step"])
+    attempt = Attempt(folder=folder, step=step, config=config)
+    state = saved_state(step, chunks, optimizer)
+    with attempt.guarded():
+        attempt.begin()
+        dist_checkpointing.save(state, str(attempt.partial), **SAVE_OPTIONS)
+        attempt.seal({})
+    return attempt.publish()
+
+
+def saved_state(step: int, chunks: list[torch.nn.Module], optimizer: Any | None) -> dict[str, Any]:
+    """What a checkpoint after ``step`` steps holds, for ``dist_checkpointing.save``."""
+    state = _state(chunks, optimizer, is_loading=False)
+    state["step"] = step
+    return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One checkpoint on its way: begun, filled by Megatron, sealed, published. By all ranks.
+
+    Attributes:
+        folder: the run's checkpoint folder.
+        step: completed optimizer steps.
+        config: the run.
+        tag: of the temporary name, where a writer of an earlier attempt may still be alive.
+    """
+
+    folder: Path
+    step: int
+    config: TrainConfig
+    tag: str = ""
+
+    @property
+    def final(self) -> Path:
+        """The published checkpoint."""
+        return self.folder / _name(self.step)
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return self.folder / (_PARTIAL + self.final.name + self.tag)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Leave nothing behind after a failure inside; the disk's is raised as a UserError."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            require_disk(error, self.final)
+            raise
+
+    def begin(self) -> None:
+        """Make the folder, without what an attempt at the same step has left behind."""
+
+        def make() -> None:
+            for left in self.folder.glob(f"{_PARTIAL}{self.final.name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+
+        _from_rank_zero(make)
+
+    def seal(self, known: Mapping[str, str]) -> None:
+        """Add the configuration and the manifest, once Megatron has written everything.
+
+        Args:
+            known: checksums by name of those files of this rank that are hashed already.
+        """
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        content = json.dumps(config_dict(self.config), indent=2)
+        _from_rank_zero(lambda: (self.partial / CONFIG).write_text(content))
+        own = dict(known)
+        for path in sorted(self.partial.iterdir()):
+            if written_by(path.name, rank=rank, world_size=world_size) and path.name not in own:
+                own[path.name] = checksum(path)
+        shares: list[dict[str, str]] = [{} for _ in range(world_size)]
+        torch.distributed.all_gather_object(shares, own)
+        checksums = {name: value for share in shares for name, value in share.items()}
+        _from_rank_zero(lambda: write_manifest(self.partial, self.step, checksums))
+
+    def publish(self) -> Path:
+        """Give it its name and remove old checkpoints."""
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(self.final, ignore_errors=True)
+            os.replace(self.partial, self.final)
+            # One of a later step is damaged: the run did not resume from it, and will write it
+            # again.
+            older = [p for p in list_checkpoints(self.folder) if p.name <= self.final.name]
+            for old in older[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+        torch.distributed.barrier()
+        return self.final
+
+
+def _from_rank_zero(write: Callable[[], object]) -> None:
+    """``write`` on rank 0; its OSError is raised on every rank."""
+    failure: list[OSError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            write()
+        except OSError as error:
+            failure[0] = error
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def _sharded_torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -184,14 +240,30 @@ def _step_counts_apart(adams: list[torch.optim.Optimizer]) -> Iterator[None]:
 
 
 def load(path: Path, *, chunks: list[torch.nn.Module], optimizer: Any) -> int:
-    """Load model and optimizer saved under any layout; returns the completed steps."""
+    """Load model and optimizer saved under any layout; returns the completed steps.
+
+    A checkpoint of step 0 has no optimizer: this one starts from the loaded parameters.
+    """
+    if _step(path) == 0:
+        state = _state(chunks, None, is_loading=True)
+        _load_chunks(dist_checkpointing.load(state, str(path)), chunks)
+        optimizer.reload_model_params()
+        return 0
     adams = _sharded_torch_adams(optimizer)
     for adam in adams:
         _allocate_states(adam)
     state = _state(chunks, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(path))
-    for key, chunk in zip([k for k in state if k.startswith("model")], chunks, strict=True):
-        chunk.load_state_dict(loaded[key])
+    _load_chunks(loaded, chunks)
     with _step_counts_apart(adams):
         optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _load_chunks(loaded: dict[str, Any], chunks: list[torch.nn.Module]) -> None:
+    for key, chunk in zip([k for k in loaded if k.startswith("model")], chunks, strict=True):
+        chunk.load_state_dict(loaded[key])

@@ -1,13 +1,17 @@
 """What a training run is: frozen dataclasses and the checks that need no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.training.guard import GuardConfig
 from mhc_megatron.training.layout import ParallelConfig, require_positive
 
 Residual = Literal["mhc", "plain"]
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+# Tokens of a micro-batch on a rank: the inner dimension of the weights' gradients.
+_FP8_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +138,16 @@ class TrainConfig:
         eval_interval: steps between validations (and gain-magnitude probes); 0 for none.
         eval_iters: validation steps of ``global_batch_size`` sequences each.
         save_interval: steps between checkpoints; 0 saves only at the end.
+        async_save: write checkpoints in the background while training goes on.
         keep_checkpoints: how many of the newest complete checkpoints stay on disk.
+        timeout_minutes: until a process that does not answer the others is an error.
         out: run directory: metrics, report, TensorBoard, checkpoints.
         transformer_impl: ``local`` (megatron-core's own modules) or ``transformer_engine``.
+        fp8: number format of the matrix products in the branches, Megatron's ``--fp8-format``:
+            ``hybrid`` (e4m3, gradients in e5m2) or ``e4m3``; None for none. The streams, their
+            coefficients, the embedding and the output layer stay in ``dtype``.
+        fp8_recipe: how FP8 is scaled, Megatron's: by the largest of earlier steps (``delayed``),
+            of the tensor (``tensorwise``), of blocks (``blockwise``, and on Blackwell ``mxfp8``).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -144,6 +155,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     steps: int = 200
     micro_batch_size: int = 4
     global_batch_size: int = 8
@@ -153,22 +165,31 @@ class TrainConfig:
     eval_interval: int = 20
     eval_iters: int = 2
     save_interval: int = 0
+    async_save: bool = False
     keep_checkpoints: int = 2
+    timeout_minutes: float = 10.0
     out: str = "runs/train"
     transformer_impl: Literal["local", "transformer_engine"] = "local"
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    fp8_recipe: FP8Recipe = "delayed"
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "global_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"timeout_minutes={self.timeout_minutes} must be positive")
+        self.guard.check_saves(self.save_interval)
         for name, allowed in (
             ("dtype", ("fp32", "bf16", "fp16")),
             ("recompute", ("none", "core_attn", "full")),
             ("transformer_impl", ("local", "transformer_engine")),
+            ("fp8", (None, "hybrid", "e4m3")),
+            ("fp8_recipe", get_args(FP8Recipe)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}"
                 )
         per_step = self.micro_batch_size * self.parallel.data
         if self.global_batch_size % per_step:
@@ -178,12 +199,12 @@ class TrainConfig:
                 f"{self.parallel.data} = {per_step}; use a multiple of {per_step}"
             )
         layout, model = self.parallel, self.model
-        if model.num_layers % layout.num_stages:
-            chunks = "2 (dualpipe_v)" if layout.schedule == "dualpipe_v" else "parallel.virtual"
-            raise UserError(
-                f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline * "
-                f"{chunks} = {layout.num_stages}"
-            )
+        layout.check_layers(model.num_layers)
+        layout.check_overlap(
+            recompute=self.recompute,
+            policy=self.mhc.recompute if model.residual == "mhc" else None,
+        )
+        layout.check_message_width(self.hidden_parts * model.hidden_size)
         if layout.schedule in ("dualpipe_v", "dualpipe"):
             if self.num_micro_batches % layout.num_copies:
                 raise UserError(
@@ -216,13 +237,10 @@ class TrainConfig:
                 "directions, and batched p2p then mixes up the messages; use parallel.pipeline > 2 "
                 "or parallel.virtual=1"
             )
-        for name, size in (
-            ("model.num_attention_heads", model.num_attention_heads),
-            ("model.ffn_hidden_size", model.ffn_hidden_size),
-        ):
-            if size % layout.tensor:
+        for name in ("num_attention_heads", "ffn_hidden_size"):
+            if (size := getattr(model, name)) % layout.tensor:
                 raise UserError(
-                    f"{name}={size} is not divisible by parallel.tensor={layout.tensor}"
+                    f"model.{name}={size} is not divisible by parallel.tensor={layout.tensor}"
                 )
         if layout.sequence and model.seq_length % (layout.tensor * layout.context):
             raise UserError(
@@ -260,6 +278,30 @@ class TrainConfig:
             raise UserError(
                 "MoE with parallel.tensor > 1 needs parallel.sequence=True (megatron-core's rule)"
             )
+        self._check_fp8()
+
+    def _check_fp8(self) -> None:
+        if self.fp8 is None:
+            return
+        if self.transformer_impl != "transformer_engine":
+            raise UserError(
+                f"fp8={self.fp8!r} needs transformer_impl='transformer_engine': megatron-core's "
+                "local modules would ignore it"
+            )
+        layout = self.parallel
+        shards = layout.context * (layout.tensor if layout.sequence else 1)
+        tokens = self.micro_batch_size * self.model.seq_length // shards
+        if tokens % _FP8_TOKENS:
+            raise UserError(
+                f"fp8={self.fp8!r}: a micro-batch has {tokens} tokens on a rank (micro_batch_size "
+                f"* model.seq_length / {shards}), which is not divisible by {_FP8_TOKENS}; change "
+                "one of them"
+            )
+
+    @property
+    def hidden_parts(self) -> int:
+        """What layers hand on, in hidden sizes: of ``MHCConfig``, 1 for the plain residual."""
+        return self.mhc.hidden_parts if self.model.residual == "mhc" else 1
 
     @property
     def num_micro_batches(self) -> int:

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mhc_megatron.megatron.chunks import stage_place
+from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.spec import gpt_block_spec, gpt_mtp_spec
 from mhc_megatron.megatron.split_linear import split_linears
 from mhc_megatron.training.config import TrainConfig
@@ -24,6 +25,8 @@ from mhc_megatron.training.runtime import set_seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Divisible by any TP size up to 128, so that a checkpoint's vocabulary fits every layout.
 VOCAB_MULTIPLE = 128
+# With dgrad and wgrad apart; split_linears does it for local modules.
+_SPLIT_SCHEDULES = ("zb_h1", "dualpipe_v", "dualpipe")
 # DeepSeek-V3's latent widths (1536 and 512) and rotary width (64) relative to its heads of 128.
 _MLA_Q_LATENT_HEADS, _MLA_KV_LATENT_HEADS, _MLA_ROPE_SHARE = 12, 4, 2
 
@@ -63,6 +66,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         "pipeline_model_parallel_size": (
             layout.pipeline if layout.schedule == "megatron" else layout.num_stages
         ),
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
@@ -71,6 +76,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         "gradient_accumulation_fusion": False,
         "deallocate_pipeline_outputs": True,
         "transformer_impl": config.transformer_impl,
+        "fp8": config.fp8,
+        "fp8_recipe": config.fp8_recipe,
         "mtp_num_layers": model.mtp_num_layers,
         "finalize_model_grads_func": finalize_model_grads,
     }
@@ -96,9 +103,9 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
     elif config.recompute == "core_attn":
         arguments |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if not model.multi_latent_attention:
-        return TransformerConfig(**arguments)
+        return _delayed(config, TransformerConfig(**arguments))
     head = model.hidden_size // model.num_attention_heads
-    return MLATransformerConfig(
+    megatron_config = MLATransformerConfig(
         **arguments,
         multi_latent_attention=True,
         qk_layernorm=True,
@@ -109,6 +116,15 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         v_head_dim=head,
         rope_type="rope",
     )
+    return _delayed(config, megatron_config)
+
+
+def _delayed(config: TrainConfig, megatron_config: TransformerConfig) -> TransformerConfig:
+    """With weight gradients that wait for the schedule's W, where it has one."""
+    splits = config.parallel.schedule in _SPLIT_SCHEDULES
+    if splits and config.transformer_impl == "transformer_engine":
+        delay_weight_gradients(megatron_config)
+    return megatron_config
 
 
 def build_chunks(
@@ -131,7 +147,7 @@ def build_chunks(
         return [_megatron_chunk(config, megatron_config, vp, vocab_size) for vp in vp_stages]
     rank = parallel_state.get_pipeline_model_parallel_rank()
     stages = pipeline_schedule(config).placement.stages_on(rank)
-    return [_scheduled_chunk(config, megatron_config, stage, vocab_size) for stage in stages]
+    return [stage_chunk(config, megatron_config, stage, vocab_size=vocab_size) for stage in stages]
 
 
 def _megatron_chunk(
@@ -149,10 +165,20 @@ def _megatron_chunk(
     )
 
 
-def _scheduled_chunk(
-    config: TrainConfig, megatron_config: TransformerConfig, stage: int, vocab_size: int
+def stage_chunk(
+    config: TrainConfig, megatron_config: TransformerConfig, stage: int, *, vocab_size: int
 ) -> torch.nn.Module:
-    """The chunk of a stage of ``pipeline_schedule``, with weights that depend on the stage only."""
+    """The chunk of a stage of ``pipeline_schedule``, with weights that depend on the stage only.
+
+    Args:
+        config: the run.
+        megatron_config: from ``transformer_config``.
+        stage: of the model.
+        vocab_size: tokens the data may hold; padded inside.
+
+    Returns:
+        As ``build_chunks``.
+    """
     set_seed(config.seed, stage=stage)
     place = stage_place(megatron_config, stage)
     chunk = _chunk(
@@ -209,15 +235,13 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        delay_wgrad_compute=megatron_config.delay_wgrad_compute,
     )
+    # With disable_bucketing, which Megatron sets for all chunks but the first, a chunk's bf16 and
+    # float32 parameters are gathered in one call, where gloo takes all for one dtype's.
     wrapped = [
-        DistributedDataParallel(
-            config=megatron_config,
-            ddp_config=ddp_config,
-            module=chunk,
-            disable_bucketing=index > 0,
-        )
-        for index, chunk in enumerate(chunks)
+        DistributedDataParallel(config=megatron_config, ddp_config=ddp_config, module=chunk)
+        for chunk in chunks
     ]
     no_sync = [chunk.no_sync for chunk in wrapped]
     megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

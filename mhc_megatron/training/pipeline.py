@@ -10,6 +10,7 @@ that is the schedule's.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,12 @@ from mhc_megatron.megatron.p2p import stream_p2p
 from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.distributed import DistributedTransport
+from mhc_megatron.pipeline.fp8_transport import FP8Transport
 from mhc_megatron.pipeline.measure import Spans
 from mhc_megatron.pipeline.recompute import place_recompute
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stopwatch import stopwatch
+from mhc_megatron.pipeline.transport import Transport
 from mhc_megatron.training.config import TrainConfig
 
 ForwardBackwardFunction = Callable[..., list[Any]]
@@ -39,7 +42,8 @@ def pipeline_schedule(config: TrainConfig) -> Schedule:
     layout = config.parallel
     schedule = generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
     rebuilds = config.model.residual == "mhc" and config.mhc.recompute != "none"
-    return place_recompute(schedule) if rebuilds else schedule
+    ahead = layout.overlap in ("recompute", "all")
+    return place_recompute(schedule, in_overlaps=not ahead) if rebuilds else schedule
 
 
 def data_rank(config: TrainConfig) -> int:
@@ -77,13 +81,21 @@ def forward_backward_func(
         Megatron's own function, with p2p of n streams where they cross ranks, or a
         ``ForwardBackward``.
     """
-    num_streams = config.mhc.num_streams if config.model.residual == "mhc" else 1
     if config.parallel.schedule != "megatron":
         schedule = pipeline_schedule(config)
-        transport = DistributedTransport(schedule, pipeline_ranks(config), device=_device())
-        return ForwardBackward(schedule, transport, num_streams=num_streams)
+        transport: Transport = DistributedTransport(
+            schedule,
+            pipeline_ranks(config),
+            device=_device(),
+            timeout=timedelta(minutes=config.timeout_minutes),
+        )
+        if config.parallel.messages == "fp8":
+            transport = FP8Transport(transport)
+        return ForwardBackward(
+            schedule, transport, hidden_parts=config.hidden_parts, overlap=config.parallel.overlap
+        )
     function = get_forward_backward_func()
-    if num_streams > 1 and config.parallel.pipeline > 1:
+    if config.hidden_parts > 1 and config.parallel.pipeline > 1:
         return partial(function, **stream_p2p(megatron_config, config.mhc))
     return function
 

@@ -3,12 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from mhc_megatron.hyper_connection import HyperConnection
+from mhc_megatron.hyper_connection import HyperConnection, mappings_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +71,21 @@ class MappingProbe:
 def probe_mappings(chunks: list[torch.nn.Module]) -> Iterator[MappingProbe]:
     """Record H_res of every hyper-connection in the chunks until the context closes."""
     probe = MappingProbe()
-    connections = [
-        module
-        for chunk in chunks
-        for module in chunk.modules()
-        if isinstance(module, HyperConnection)
-    ]
-
-    def observe(connection: HyperConnection) -> None:
-        sublayer = connection.sublayer
-        connection.observer = lambda mapping: probe.record(sublayer, mapping)
-
-    for connection in connections:
-        observe(connection)
+    connections = [c for chunk in chunks for c in hyper_connections(chunk)]
+    observe(connections, probe)
     try:
         yield probe
     finally:
-        for connection in connections:
-            connection.observer = None
+        observe(connections, None)
+
+
+def hyper_connections(chunk: torch.nn.Module) -> list[HyperConnection]:
+    """Every hyper-connection of a model chunk."""
+    return [module for module in chunk.modules() if isinstance(module, HyperConnection)]
+
+
+def observe(connections: list[HyperConnection], probe: MappingProbe | None) -> None:
+    """From now on, let the hyper-connections hand their mappings to ``probe``, or to nobody."""
+    for connection in connections:
+        record = None if probe is None else partial(probe.record, connection.sublayer)
+        connection.observer = None if record is None else mappings_to(record)

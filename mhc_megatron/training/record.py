@@ -17,6 +17,7 @@ from mhc_megatron.report.html import layout_text, write_report
 from mhc_megatron.report.metrics import MetricsLog, RunInfo, write_run
 from mhc_megatron.report.pipeline import forget_execution, write_execution
 from mhc_megatron.report.progress import Progress
+from mhc_megatron.report.rollbacks import Rollback
 from mhc_megatron.report.tensorboard import TensorBoardLog
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import config_dict
@@ -41,6 +42,7 @@ class RunRecord:
         self._folder = Path(config.out)
         self._step_ms: list[float] = []
         self._loss = self._valid_loss = math.nan
+        self._stopped_after: int | None = None
 
     def __enter__(self) -> "RunRecord":
         if self._enabled:
@@ -48,10 +50,8 @@ class RunRecord:
             self._write_status("running")
             if not self._done:
                 forget_execution(self._folder)
-            self._log = self._open.enter_context(MetricsLog(self._folder, done=self._done))
-            self._board = self._open.enter_context(
-                TensorBoardLog(self._folder / "tensorboard", done=self._done)
-            )
+            self._logs = self._open.enter_context(contextlib.ExitStack())
+            self._open_logs(self._done)
             self._progress = self._open.enter_context(Progress(self._config.steps, done=self._done))
             self._progress.note(self._opening())
         return self
@@ -68,6 +68,10 @@ class RunRecord:
             "tokens_per_s": metrics.tokens / metrics.seconds,
             "step_ms": 1e3 * metrics.seconds,
         }
+        if metrics.gpus is not None:
+            line["joules"] = metrics.gpus.joules
+            line["joules_per_token"] = metrics.gpus.joules / metrics.tokens
+            line["gpu_busy"] = metrics.gpus.busy
         self._loss = metrics.loss
         self._step_ms.append(line["step_ms"])
         self._log.write(line)
@@ -76,6 +80,26 @@ class RunRecord:
         if metrics.spans:
             schedule = pipeline_schedule(self._config)
             write_execution(self._folder, schedule, step=step, spans=metrics.spans)
+
+    def left_out(self, step: int) -> None:
+        """A step that the guard leaves out, counted as completed."""
+        if self._enabled:
+            self._log.write({"step": step, "left_out": 1})
+
+    def rolled_back(self, rollback: Rollback) -> None:
+        """The run is back at a checkpoint: what was written after it is written anew."""
+        if not self._enabled:
+            return
+        self._logs.close()
+        self._open_logs(rollback.back_to)
+        self._progress.note(
+            f"step {rollback.step}: {rollback.problem}; back to the checkpoint of step "
+            f"{rollback.back_to}, step {rollback.step} is left out"
+        )
+
+    def stopped(self, step: int) -> None:
+        """The run was told to stop after ``step`` steps and has saved."""
+        self._stopped_after = step
 
     def validation(self, step: int, loss: float, mappings: Mappings | None) -> None:
         """Record a validation and, with hyper-connections, the gain magnitudes."""
@@ -104,13 +128,18 @@ class RunRecord:
     ) -> None:
         if not self._enabled:
             return
-        self._open.close()
         if error is not None:
-            self._write_status("failed", str(error) or type(error).__name__)
+            # On a full disk this fails as well, and what went wrong first has to come through.
+            with contextlib.suppress(OSError):
+                self._open.close()
+                self._write_status("failed", str(error) or type(error).__name__)
             return
-        self._write_status("finished")
+        self._open.close()
+        self._write_status("finished" if self._stopped_after is None else "stopped")
         report = write_report(self._folder)
-        if self._step_ms:
+        if self._stopped_after is not None:
+            print(f"told to stop: saved after step {self._stopped_after} of {self._config.steps}")
+        elif self._step_ms:
             print(
                 f"trained to step {self._config.steps}: loss {self._loss:.4f}, validation loss "
                 f"{self._valid_loss:.4f}, median step {statistics.median(self._step_ms):.0f} ms"
@@ -119,9 +148,16 @@ class RunRecord:
             print(f"{self._folder} has all {self._config.steps} steps already")
         print(f"report: {report}", flush=True)
 
+    def _open_logs(self, done: int) -> None:
+        self._log = self._logs.enter_context(MetricsLog(self._folder, done=done))
+        board = TensorBoardLog(self._folder / "tensorboard", done=done)
+        self._board = self._logs.enter_context(board)
+
     def _opening(self) -> str:
         mhc = self._config.mhc
         residual = f"{mhc.projection} n={mhc.num_streams}"
+        if mhc.variant == "single_pass":
+            residual = f"single-pass {residual}"
         if self._config.model.residual == "plain":
             residual = "plain"
         start = f"resumes after step {self._done}" if self._done else "starts"

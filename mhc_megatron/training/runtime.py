@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -13,7 +14,7 @@ from megatron.core.num_microbatches_calculator import (
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
-from mhc_megatron.megatron.compat import require_supported_core
+from mhc_megatron.megatron.compat import forget_moe_metrics, require_supported_core
 from mhc_megatron.megatron.cpu_runtime import cpu_runtime
 from mhc_megatron.training.config import TrainConfig
 
@@ -23,12 +24,18 @@ _PIPELINE_SEED_STRIDE = 100
 
 @contextlib.contextmanager
 def distributed_runtime(
-    config: TrainConfig, world: World, *, timeout: timedelta = timedelta(minutes=10)
+    config: TrainConfig, world: World, *, backend: Literal["nccl", "gloo"] | None = None
 ) -> Iterator[None]:
     """Everything megatron-core needs before a model can be built; undone on exit.
 
-    NCCL on GPUs, gloo inside ``cpu_runtime`` elsewhere. The process group reads ``MASTER_ADDR``
-    and ``MASTER_PORT`` from the environment, as torchrun sets them.
+    The process group reads ``MASTER_ADDR`` and ``MASTER_PORT`` from the environment, as torchrun
+    sets them.
+
+    Args:
+        config: its layout and seed.
+        world: this process and how many there are.
+        backend: of all process groups; None for NCCL on GPUs, and gloo inside ``cpu_runtime``
+            elsewhere. NCCL takes GPU memory for each of Megatron's groups, even of one rank.
 
     Raises:
         UserError: the number of processes is not the layout's.
@@ -42,16 +49,17 @@ def distributed_runtime(
         )
     require_supported_core()
     on_gpu = torch.cuda.is_available()
+    backend = backend or ("nccl" if on_gpu else "gloo")
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu_runtime())
         torch.distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            backend,
             rank=world.rank,
             world_size=world.world_size,
-            timeout=timeout,
-            device_id=torch.device("cuda", world.local_rank) if on_gpu else None,
+            timeout=timedelta(minutes=config.timeout_minutes),
+            device_id=torch.device("cuda", world.local_rank) if backend == "nccl" else None,
         )
         stack.callback(torch.distributed.destroy_process_group)
         parallel_state.initialize_model_parallel(
@@ -63,6 +71,7 @@ def distributed_runtime(
             expert_model_parallel_size=layout.expert,
         )
         stack.callback(parallel_state.destroy_model_parallel)
+        stack.callback(forget_moe_metrics)
         init_num_microbatches_calculator(
             rank=world.rank,
             rampup_batch_size=None,

@@ -13,9 +13,13 @@ from mhc_megatron.data.dataset import batch, build_datasets, check_split, micro_
 from mhc_megatron.data.prepare import prepare_embedded
 from mhc_megatron.data.tokenizer import load_tokenizer
 from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.pipeline.measure import Spans
 from mhc_megatron.training import checkpoint
+from mhc_megatron.training.async_save import BackgroundSave
 from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.gpu_meter import GpuUse, open_meter, use_of_all
+from mhc_megatron.training.heartbeat import Heartbeat, prepare_heartbeats
 from mhc_megatron.training.model import (
     build_chunks,
     count_parameters,
@@ -23,9 +27,15 @@ from mhc_megatron.training.model import (
     wrap_data_parallel,
 )
 from mhc_megatron.training.optimizer import build_optimizer, update_groups
-from mhc_megatron.training.pipeline import data_rank, forward_backward_func, measured
+from mhc_megatron.training.pipeline import (
+    data_rank,
+    forward_backward_func,
+    measured,
+    pipeline_ranks,
+)
 from mhc_megatron.training.probe import Mappings, probe_mappings
 from mhc_megatron.training.step import Batch, run_step
+from mhc_megatron.training.verify import newest_good
 
 _Value = TypeVar("_Value")
 
@@ -41,6 +51,7 @@ class StepMetrics:
         seconds: wall time of the step.
         tokens: tokens of the global batch.
         spans: of the last step under a schedule of ours, what every pipeline rank's actions took.
+        gpus: energy and utilisation since the step before ended; None where NVML does not tell.
     """
 
     loss: float
@@ -49,6 +60,7 @@ class StepMetrics:
     seconds: float
     tokens: int
     spans: list[Spans] = field(default_factory=list)
+    gpus: GpuUse | None = None
 
 
 class Trainer:
@@ -57,6 +69,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.folder = Path(config.out)
+        on_rank_zero(lambda: prepare_heartbeats(self.folder))
+        self.heartbeat = Heartbeat(self.folder, rank=torch.distributed.get_rank())
         tokenizer = load_tokenizer(config.data.tokenizer)
         train_prefix, valid_prefix = on_rank_zero(lambda: _prepare_data(config))
         eval_samples = max(1, config.eval_iters) * config.global_batch_size
@@ -77,25 +91,30 @@ class Trainer:
         self.parameters = count_parameters(self.bare_chunks)
         self.chunks = wrap_data_parallel(config, self.megatron_config, self.bare_chunks)
         self.optimizer = build_optimizer(config, self.chunks)
+        self.background = BackgroundSave(self.folder / "checkpoints", config)
+        self._meter = open_meter()
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = forward_backward_func(config, self.megatron_config)
+        if isinstance(self.forward_backward, ForwardBackward):
+            self.heartbeat.pipeline = pipeline_ranks(config)
+            self.forward_backward.progress = self.heartbeat.item
 
     def resume(self) -> int:
-        """Load the newest complete checkpoint; returns the completed steps, 0 without one."""
-        found = on_rank_zero(self._newest_checkpoint)
+        """Load the newest whole checkpoint; returns the completed steps, 0 without one."""
+        self.heartbeat.begin("loads a checkpoint", together=True)
+        found = newest_good(self.folder / "checkpoints", self.config)
         if found is None:
             return 0
         return checkpoint.load(found, chunks=self.bare_chunks, optimizer=self.optimizer)
 
-    def _newest_checkpoint(self) -> Path | None:
-        complete = checkpoint.list_checkpoints(self.folder / "checkpoints")
-        if not complete:
-            return None
-        checkpoint.verify(complete[-1], self.config)
-        return complete[-1]
-
     def save(self, step: int) -> None:
-        """Publish a checkpoint after ``step`` steps."""
+        """Publish a checkpoint after ``step`` steps; with ``async_save``, begin to write it."""
+        self.finish_save()
+        self.heartbeat.begin("saves a checkpoint", together=True)
+        if self.config.async_save:
+            self.background.start(step, chunks=self.bare_chunks, optimizer=self.optimizer)
+            self.heartbeat.begin("between steps")
+            return
         checkpoint.save(
             self.folder / "checkpoints",
             step,
@@ -103,25 +122,47 @@ class Trainer:
             chunks=self.bare_chunks,
             optimizer=self.optimizer,
         )
+        self.heartbeat.begin("between steps")
+
+    def poll_save(self) -> None:
+        """Publish the checkpoint that is written in the background, if all ranks are done."""
+        if self.background.pending:
+            self.heartbeat.begin("asks whether a checkpoint is written", together=True)
+            self.background.poll()
+            self.heartbeat.begin("between steps")
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is written in the background, and publish it."""
+        if self.background.pending:
+            self.heartbeat.begin("waits for a checkpoint to be written", together=True)
+            self.background.finish()
+            self.heartbeat.begin("between steps")
 
     def step(self, step: int) -> StepMetrics:
         """One optimizer step on the global batch of 0-based ``step``."""
         start = time.perf_counter()
+        self.heartbeat.begin("reads data", step=step + 1)
         lr = update_groups(self.config, self.optimizer, step)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batches = self._batches(self.train_data, step)
+        self.heartbeat.begin("forward and backward")
         with measured(
             self.config, self.forward_backward, enabled=step == self.config.steps - 1
         ) as spans:
             loss = run_step(self.config, self.forward_backward, self.chunks, batches)
-        require_finite("loss", loss, step + 1)
+        # With the guard, all ranks judge the step together once it is over (training/rollback.py).
+        stops = not self.config.guard.max_rollbacks
+        if stops:
+            self._require_finite("loss", loss, step + 1)
+        self.heartbeat.begin("optimizer", together=True)
         _, grad_norm, _ = self.optimizer.step()
         # fp16 skips a step whose gradients overflow; the other dtypes never should.
-        if self.config.dtype != "fp16" and grad_norm is not None:
-            require_finite("gradient norm", float(grad_norm), step + 1)
+        if stops and self.config.dtype != "fp16" and grad_norm is not None:
+            self._require_finite("gradient norm", float(grad_norm), step + 1)
+        self.heartbeat.begin("between steps")
         return StepMetrics(
             loss=loss,
             grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
@@ -129,6 +170,7 @@ class Trainer:
             seconds=time.perf_counter() - start,
             tokens=self.config.global_batch_size * self.config.model.seq_length,
             spans=spans,
+            gpus=self._gpu_use(),
         )
 
     @torch.no_grad()
@@ -139,6 +181,7 @@ class Trainer:
             (mean loss per token over ``eval_iters`` global batches, token-averaged H_res of every
             sublayer or None).
         """
+        self.heartbeat.begin("validation")
         for chunk in self.chunks:
             chunk.eval()
         with probe_mappings(self.bare_chunks) as probe:
@@ -152,10 +195,19 @@ class Trainer:
                 )
                 for index in range(max(1, self.config.eval_iters))
             ]
-        loss = sum(losses) / len(losses)
-        if self.config.model.residual == "plain":
-            return loss, None
-        return loss, probe.gather()
+        mappings = None if self.config.model.residual == "plain" else probe.gather()
+        self.heartbeat.begin("between steps")
+        return sum(losses) / len(losses), mappings
+
+    def _gpu_use(self) -> GpuUse | None:
+        if self._meter is None:
+            return None
+        return use_of_all(self._meter.read(), torch.cuda.current_device())
+
+    def _require_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            self.finish_save()  # of steps that were good
+        require_finite(what, value, step)
 
     def _batches(self, dataset: Any, step: int) -> list[Batch]:
         device = torch.cuda.current_device()

@@ -10,23 +10,28 @@ import warnings
 from pathlib import Path
 
 from mhc_megatron.errors import UserError
-from mhc_megatron.launch.environment import World, world_from_environment
+from mhc_megatron.launch.environment import World, stop_signals, world_from_environment
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.overrides import from_dict
+from mhc_megatron.training.stop import stop_request
 
 
 def run(config: TrainConfig, world: World) -> int:
     """Train as one rank; returns 0, or 2 after a UserError (rank 0 prints it as one line)."""
     _silence_megatron()
-    # Imported here, after the filters: importing megatron-core already warns.
-    from mhc_megatron.training.loop import train
+    with stop_request(stop_signals()) as stop:
+        # Imported after the filters and the handlers: megatron-core warns, and takes its time.
+        from mhc_megatron.cudnn import load_torchs_cudnn
 
-    try:
-        train(config, world)
-    except UserError as error:
-        if world.rank == 0:
-            print(f"mhc-megatron: error: {error}", file=sys.stderr)
-        return 2
+        load_torchs_cudnn()  # before megatron-core imports Transformer Engine
+        from mhc_megatron.training.loop import train
+
+        try:
+            train(config, world, stop)
+        except UserError as error:
+            if world.rank == 0:
+                print(f"mhc-megatron: error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

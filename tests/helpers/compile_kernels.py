@@ -20,40 +20,41 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import launch
-from mhc_megatron.kernels.triton.arguments import Parameters
-from mhc_megatron.kernels.triton.compiled import CompiledKernels
+from mhc_megatron.kernels.triton import head_launch, launch
+from mhc_megatron.kernels.triton.arguments import Norm, Parameters
+from mhc_megatron.kernels.triton.compiled import Launch
+from mhc_megatron.kernels.triton.head_launch import HeadParameters
+from mhc_megatron.kernels.triton.head_tiles import default_head_tiles
 from mhc_megatron.kernels.triton.tiles import default_tiles
 
 SHARED_MEMORY = 227 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 REBUILT = 5  # states, and one more branch input: a block of six sublayers
-KERNELS = (
-    "split_weight",
-    "mix_fwd",
-    "post_fwd",
-    "rebuild_fwd",
-    "mix_bwd",
-    "streams_bwd",
-    "weight_bwd",
-    "reduce_partials",
-)
 
 
 @dataclass
 class Recorder:
-    """Stands for a kernel: keeps what it is launched with."""
+    """What a kernel is launched with, by parameter, and its options."""
 
-    name: str
     kernel: triton.JITFunction
     launches: list = field(default_factory=list)
 
+    def record(self, arguments: tuple, constants: dict, options: dict) -> None:
+        names = self.kernel.arg_names
+        values = dict(zip(names, arguments, strict=False)) | constants
+        assert set(values) == set(names), self.kernel.__name__
+        self.launches.append((values, options))
+
+
+@dataclass
+class RecordedKernel:
+    """Stands for a kernel that Triton itself launches."""
+
+    recorder: Recorder
+
     def __getitem__(self, grid: tuple) -> object:
-        def record(*args: object, **kwargs: object) -> None:
-            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
-            values = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
-            assert set(values) == set(self.kernel.arg_names), self.name
-            self.launches.append((values, options))
+        def record(*arguments: object, num_warps: int, **constants: object) -> None:
+            self.recorder.record(arguments, constants, {"num_warps": num_warps})
 
         return record
 
@@ -81,8 +82,10 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
     source = ASTSource(recorder.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared = compiled.metadata.shared
-    assert shared <= SHARED_MEMORY, f"{recorder.name} needs {shared} bytes of shared memory"
-    return f"{recorder.name}: {resources(compiled.asm['cubin'])}, shared memory {shared}"
+    assert shared <= SHARED_MEMORY, (
+        f"{recorder.kernel.__name__} needs {shared} bytes of shared memory"
+    )
+    return f"{recorder.kernel.__name__}: {resources(compiled.asm['cubin'])}, shared memory {shared}"
 
 
 def resources(cubin: bytes) -> str:
@@ -99,21 +102,46 @@ def resources(cubin: bytes) -> str:
     return f"registers {found[1]}, stack {found[2]}"
 
 
-def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) -> list[Recorder]:
+def record_launches() -> dict[str, Recorder]:
+    """Of every kernel launched from now on, by its name."""
+    recorders: dict[str, Recorder] = {}
+
+    def recorder(kernel: triton.JITFunction) -> Recorder:
+        return recorders.setdefault(kernel.__name__, Recorder(kernel))
+
+    def record(self: Launch, grid: tuple, tensors: tuple, numbers: tuple = ()) -> None:
+        options = {"num_warps": self.num_warps}
+        recorder(self.kernel).record((*tensors, *numbers), self.constants, options)
+
+    Launch.__call__ = record  # type: ignore[method-assign]
+    launch.rebuild_fwd = RecordedKernel(recorder(launch.rebuild_fwd))
+    return recorders
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ends_of_a_model(n: int, channels: int, dtype: torch.dtype) -> None:
+    """Every launch of expand and of the contractions, with their backward."""
+    tiles, tokens = default_head_tiles(n, dtype), 4096
+    hidden, streams = meta(tokens, channels, dtype=dtype), meta(tokens, n, channels, dtype=dtype)
+    parameters = HeadParameters(meta(n, n * channels), meta(1), meta(n))
+    for divisor in (1, n):
+        head_launch.expand(hidden, n, divisor=divisor, tile=tiles.copies)
+        head_launch.contract(streams, divisor=divisor, tile=tiles.copies)
+    eps = {"rms_eps": 1e-6, "eps": 1e-6}
+    _, raw = head_launch.contract_learned(streams, parameters, **eps, tile=tiles.learned)
+    for trains in (True, False):
+        head_launch.contract_learned_backward(
+            hidden, streams, raw, parameters, eps=1e-6, trains=trains, tiles=tiles
+        )
+
+
+def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) -> None:
     """Every launch of post, a rebuild, and of pre, post_pre and single_pass with their backward."""
-    kernels = {name: getattr(launch, name) for name in KERNELS}
-    recorders = [
-        Recorder(name, kernel.kernel if isinstance(kernel, CompiledKernels) else kernel)
-        for name, kernel in kernels.items()
-    ]
-    for recorder in recorders:
-        setattr(launch, recorder.name, recorder)
     options = MappingOptions(projection=projection)
     tiles, num_logits, tokens = default_tiles(n, channels, dtype), options.num_logits(n), 4096
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     streams, branch = meta(tokens, n, channels, dtype=dtype), meta(tokens, channels, dtype=dtype)
     packed = meta(n * (n + 2), tokens)
     alpha_res = None if projection == "identity" else meta(1)
@@ -124,24 +152,35 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     states, branches = [streams] * REBUILT, [branch] * REBUILT
     biases = [None, meta(channels, dtype=dtype), *[None] * (REBUILT - 2)]
     mixes, inputs = [packed] * (REBUILT + 1), [branch] * (REBUILT + 1)
-    launch.rebuild(streams, branches, biases, mixes, states, inputs, tile=tiles.rebuild)
+    weights = [meta(channels, dtype=dtype), *[None] * REBUILT]
+    inverse_rms = [meta(tokens), *[None] * REBUILT]
+    norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
+    launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
     backward = {"tile": tiles.streams_backward, "terms": tiles.product_terms}
     launch.streams_backward(
         streams, streams, branch, None, packed, None, single_pass=False, **backward
     )
     factors = launch.factor_weight(parameters.weight, streams)
-    for has_branch, single_pass in ((False, False), (True, False), (True, True)):
+    norm = Norm(meta(channels, dtype=dtype), 1e-5)
+    for has_branch, single_pass, has_norm in (
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+    ):
         post = (branch, None, packed) if has_branch else (None, None, None)
-        new_streams, u, raw, new_packed = launch.mix(
+        new_streams, u, raw, new_packed, inverse_rms = launch.mix(
             streams,
             *post,
             factors,
             parameters,
             options=options,
             single_pass=single_pass,
+            norm=norm if has_norm else None,
             tile=tiles.mix,
         )
-        projected, radial, partial = launch.mix_backward(
+        state = launch.NormState(norm.weight, inverse_rms, new_packed) if has_norm else None
+        projected, radial, partial, _ = launch.mix_backward(
             new_streams,
             u,
             new_packed,
@@ -149,25 +188,27 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             parameters,
             options=options,
             single_pass=single_pass,
-            tile=tiles.mix_backward,
+            norm=state,
+            tile=(has_norm and tiles.mix_backward_norm) or tiles.mix_backward,
         )
         read = launch.ReadGradients(u, new_packed, projected, radial, factors)
         grad = streams if has_branch else None
         launch.streams_backward(grad, streams, *post, read, single_pass=single_pass, **backward)
-    launch.parameter_backward(new_streams, projected, partial, parameters, tiles=tiles)
-    return recorders
+    for main_grad in (None, meta(num_logits, n * channels)):
+        launch.parameter_backward(
+            new_streams, projected, partial, parameters, tiles=tiles, main_grad=main_grad
+        )
 
 
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=") for argument in arguments)
-    recorders = training_step(
-        int(given.get("n", "4")),
-        int(given.get("C", "2560")),
-        getattr(torch, given.get("dtype", "bfloat16")),
-        given.get("projection", "sinkhorn"),
-    )
-    for recorder in recorders:
-        if given.get("kernel", recorder.name) != recorder.name:
+    sizes = (int(given.get("n", "4")), int(given.get("C", "2560")))
+    dtype = getattr(torch, given.get("dtype", "bfloat16"))
+    recorders = record_launches()
+    training_step(*sizes, dtype, given.get("projection", "sinkhorn"))
+    ends_of_a_model(*sizes, dtype)
+    for recorder in recorders.values():
+        if given.get("kernel", recorder.kernel.__name__) != recorder.kernel.__name__:
             continue
         seen = []
         for values, options in recorder.launches:

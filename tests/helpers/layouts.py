@@ -40,13 +40,13 @@ def sample(index: int, seq_length: int) -> Batch:
 
 def micro_batches(config: TrainConfig, step: int) -> list[Batch]:
     """This data-parallel rank's micro-batches of a step; the global batch is the same set."""
-    replica = data_rank(config)
+    replica, device = data_rank(config), torch.cuda.current_device()
     size = config.micro_batch_size
     batches = []
     for index in range(config.num_micro_batches):
         first = step * config.global_batch_size + (index * config.parallel.data + replica) * size
         samples = [sample(first + i, config.model.seq_length) for i in range(size)]
-        batches.append({key: torch.cat([s[key] for s in samples]) for key in samples[0]})
+        batches.append({key: torch.cat([s[key] for s in samples]).to(device) for key in samples[0]})
     return batches
 
 
@@ -70,7 +70,7 @@ def randomise(chunks: list[torch.nn.Module], seed: int) -> None:
                 scale = 0.02 if parameter.dim() > 1 else 0.5
                 noise = torch.randn(parameter.shape, generator=generator) * scale
                 with torch.no_grad():
-                    parameter.add_(noise)
+                    parameter.add_(noise.to(parameter.device))
 
 
 def save_initial(rank: int, world_size: int, config: TrainConfig, folder: str) -> None:
@@ -81,12 +81,12 @@ def save_initial(rank: int, world_size: int, config: TrainConfig, folder: str) -
         dist_checkpointing.save(sharded(chunks), folder)
 
 
-def _finalize_whole_gradients(*args: Any, **kwargs: Any) -> None:
+def finalize_whole_gradients(*args: Any, **kwargs: Any) -> None:
     """Whole gradients on every rank, also where the distributed optimizer needs only its shard."""
     finalize_model_grads(*args, **{**kwargs, "force_all_reduce": True})
 
 
-def _in_halves(
+def in_halves(
     function: Callable[..., list[Any]],
     config: TransformerConfig,
     *,
@@ -94,6 +94,7 @@ def _in_halves(
     num_microbatches: int,
     **others: Any,
 ) -> list[Any]:
+    """A forward_backward_func that adds up either half of the micro-batches by itself."""
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     reports, sums = [], []
     for _ in range(2):
@@ -105,6 +106,7 @@ def _in_halves(
     for parameter, first, second in zip(parameters, *sums, strict=True):
         parameter.main_grad.copy_(first + second)
     num_tokens = sum(report["lm"][1] for report in reports)
+    config.finalize_model_grads_func = finalize
     finalize(model, num_tokens.to(torch.int))
     return reports
 
@@ -130,12 +132,12 @@ def losses_and_gradients(
         if spoil is not None:
             spoil(chunks)
         wrapped = wrap_data_parallel(config, megatron_config, chunks)
-        megatron_config.finalize_model_grads_func = _finalize_whole_gradients
+        megatron_config.finalize_model_grads_func = finalize_whole_gradients
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         forward_backward = forward_backward_func(config, megatron_config)
         if halves:
-            forward_backward = partial(_in_halves, forward_backward, megatron_config)
+            forward_backward = partial(in_halves, forward_backward, megatron_config)
         loss = run_step(config, forward_backward, wrapped, micro_batches(config, step=0))
         with torch.no_grad():
             for chunk in chunks:

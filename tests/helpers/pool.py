@@ -1,4 +1,4 @@
-"""Worker processes that stay alive between tests: importing torch and Megatron happens once."""
+"""Worker processes that stay alive between tests; torch and Megatron are imported once for all."""
 
 import contextlib
 import gc
@@ -6,21 +6,25 @@ import multiprocessing
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from mhc_megatron.launch.port import reserved_port
+
+# What nearly every job needs; none of it starts a thread, so that a process can be forked with it.
+_IMPORTED_ONCE = ["torch", "mhc_megatron.training.trainer", "mhc_megatron.report.tensorboard"]
 # Process groups that outlive their test keep threads that poll: after so many, begin anew.
 _MOST_JOBS = 40
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def process_context() -> Any:
+    """Of new processes: forked from one that has imported the heavy modules and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    return context
 
 
 def _die_with(parent: Any) -> None:
@@ -59,7 +63,7 @@ class WorkerPool:
     """``run(function, world_size, *arguments)`` calls it on ranks 0 .. world_size - 1 at once."""
 
     def __init__(self, size: int, *, timeout: float = 300.0) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         self.timeout = timeout
         self.num_jobs = 0
         self.results = context.Queue()
@@ -73,8 +77,13 @@ class WorkerPool:
             process.start()
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        with reserved_port() as port:
+            return self._run(port, function, world_size, *arguments)
+
+    def _run(
+        self, port: int, function: Callable[..., Any], world_size: int, *arguments: Any
+    ) -> list[Any]:
         self.num_jobs += 1
-        port = _free_port()
         for jobs in self.jobs[:world_size]:
             jobs.put((function, arguments, world_size, port))
         returned: dict[int, Any] = {}
@@ -91,17 +100,17 @@ class WorkerPool:
         self, function: Callable[..., Any], world_size: int, *arguments: Any, expected: int
     ) -> dict[int, str]:
         """The first ``expected`` tracebacks of a job that fails; the pool is used up afterwards."""
-        port = _free_port()
-        for jobs in self.jobs[:world_size]:
-            jobs.put((function, arguments, world_size, port))
         found: dict[int, str] = {}
-        deadline = time.monotonic() + self.timeout
-        while len(found) < expected:
-            rank, succeeded, value = self._next_result(deadline)
-            if rank < 0 or succeeded:
-                break
-            found[rank] = value
-        self.close()
+        with reserved_port() as port:
+            for jobs in self.jobs[:world_size]:
+                jobs.put((function, arguments, world_size, port))
+            deadline = time.monotonic() + self.timeout
+            while len(found) < expected:
+                rank, succeeded, value = self._next_result(deadline)
+                if rank < 0 or succeeded:
+                    break
+                found[rank] = value
+            self.close()
         return found
 
     def _next_result(self, deadline: float) -> tuple[int, bool, Any]:

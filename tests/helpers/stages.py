@@ -1,6 +1,7 @@
 """Small stages for the executor, and the same model run serially."""
 
 import os
+import sys
 import time
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.costs import Costs
 from mhc_megatron.pipeline.distributed import DistributedTransport
-from mhc_megatron.pipeline.executor import execute
+from mhc_megatron.pipeline.executor import ExecutionError, execute
 from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
 from mhc_megatron.pipeline.lower import lower_rank
 from mhc_megatron.pipeline.measure import Spans, timeline_of
@@ -153,8 +154,11 @@ def slept(schedule: Schedule, costs: Costs) -> Timeline:
     return timeline_of(schedule, run_ranks(rank, schedule.num_ranks))
 
 
+_PAUSES = {"hangs": 60.0, "stalls": 9.0}  # seconds: longer than the tests wait, and not so long
+
+
 class _Fails(SleepingStage):
-    """Dies or hangs in the forward of micro-batch 3."""
+    """Dies, hangs or stalls in the forward of micro-batch 3."""
 
     def __init__(self, how: str, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
@@ -163,8 +167,8 @@ class _Fails(SleepingStage):
     def forward(self, mb: int, x: Tensor | None) -> Tensor:
         if mb == 3 and self._how == "dies":
             os._exit(7)
-        if mb == 3 and self._how == "hangs":
-            time.sleep(60)
+        if mb == 3:
+            time.sleep(_PAUSES.get(self._how, 0.0))
         return super().forward(mb, x)
 
 
@@ -179,12 +183,27 @@ def with_failing_rank(rank: int, world_size: int, how: str, seconds: float) -> N
         what = message()
         place = (Costs(), rank, world_size, torch.zeros(what.shape, dtype=what.dtype))
         stage = _Fails(how, *place) if rank == 1 else SleepingStage(*place)
-        execute(
-            lower_rank(schedule, rank),
-            {rank: stage},
-            transport,
-            num_stages=world_size,
-            message=what,
-        )
+        start = time.monotonic()
+        try:
+            execute(
+                lower_rank(schedule, rank),
+                {rank: stage},
+                transport,
+                num_stages=world_size,
+                message=what,
+            )
+        except ExecutionError:
+            print(f"failed after {time.monotonic() - start:.1f} s", file=sys.stderr)
+            raise
     finally:
         dist.destroy_process_group()
+
+
+def failing_process(
+    rank: int, world_size: int, port: int, how: str, seconds: float, errors: str
+) -> None:
+    """``with_failing_rank`` as a process of its own, whose stderr goes to the file ``errors``."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+    with_failing_rank(rank, world_size, how, seconds)

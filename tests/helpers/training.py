@@ -1,11 +1,22 @@
 """Jobs for the worker pool: stretches of training and their losses."""
 
+import json
+import logging
 import os
+import resource
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.loop import train
 from mhc_megatron.training.runtime import distributed_runtime
+from mhc_megatron.training.stop import StopRequest
 from mhc_megatron.training.trainer import Trainer
 
 
@@ -21,6 +32,44 @@ def train_steps(
         return losses
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The losses of the steps after a resume, and what was logged meanwhile."""
+
+    losses: list[float]
+    warnings: list[str]
+
+
+def resumed_losses(rank: int, world_size: int, config: TrainConfig, until: int) -> Resumed:
+    """``train_steps``, and what a person would read."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("mhc_megatron.training")
+    logger.addHandler(handler)
+    try:
+        losses = train_steps(rank, world_size, config, until)
+    finally:
+        logger.removeHandler(handler)
+    return Resumed(losses, [record.getMessage() for record in records])
+
+
+def save_on_a_full_disk(
+    rank: int, world_size: int, config: TrainConfig, until: int, limit: int
+) -> None:
+    """Train, then save where no file can grow beyond ``limit`` bytes."""
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        trainer = Trainer(config)
+        for step in range(trainer.resume(), until):
+            trainer.step(step)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            trainer.save(until)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def norms_and_parameters(
     rank: int, world_size: int, config: TrainConfig, until: int
 ) -> tuple[list[float], float, dict[str, bytes]]:
@@ -34,6 +83,32 @@ def norms_and_parameters(
             for name, parameter in chunk.named_parameters()
         }
         return norms, trainer.evaluate()[0], parameters
+
+
+def upcycled(
+    rank: int, world_size: int, source: Path, config: TrainConfig, paper_start: bool = False
+) -> Path:
+    """The first checkpoint of an mHC run, made from a baseline's.
+
+    ``paper_start`` leaves H_pre as it is initialised for training from scratch.
+    """
+    from mhc_megatron.convert import upcycle
+
+    start = upcycle.start_as_plain
+    if paper_start:
+        upcycle.start_as_plain = lambda model: None
+    try:
+        world = World(rank=rank, local_rank=rank, world_size=world_size)
+        return upcycle.upcycle(source, config, world)
+    finally:
+        upcycle.start_as_plain = start
+
+
+def resumed_validation(rank: int, world_size: int, config: TrainConfig) -> tuple[int, float]:
+    """The step that the newest checkpoint is of, and its validation loss."""
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        trainer = Trainer(config)
+        return trainer.resume(), trainer.evaluate()[0]
 
 
 def validation_loss(rank: int, world_size: int, config: TrainConfig) -> float:
@@ -55,6 +130,67 @@ def die_while_saving(rank: int, world_size: int, config: TrainConfig, until: int
 
         checkpoint.os.replace = killed  # type: ignore[attr-defined, assignment]
         trainer.save(until)
+
+
+def die_in_a_step(rank: int, world_size: int, config: TrainConfig, dying: int) -> None:
+    """Train; in the second step, rank ``dying`` vanishes in the forward of a micro-batch."""
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        trainer = Trainer(config)
+        trainer.step(0)
+        if rank == dying:
+            trainer.bare_chunks[0].register_forward_pre_hook(lambda *_: os._exit(7))
+        trainer.step(1)
+
+
+def stall_in_a_step(rank: int, world_size: int, config: TrainConfig, stalling: int) -> None:
+    """Train; in its third forward of a micro-batch, rank ``stalling`` sleeps for good."""
+    forwards = 0
+
+    def stall(module: torch.nn.Module, arguments: object) -> None:
+        nonlocal forwards
+        forwards += isinstance(module, GPTModel)
+        if forwards == 3:
+            time.sleep(3600)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(stall)
+    if rank != stalling:
+        hook.remove()
+    world = World(rank=rank, local_rank=rank, world_size=world_size)
+    train(config, world, StopRequest(()))
+
+
+def spoil_steps(
+    rank: int, world_size: int, config: TrainConfig, spoilt: dict[int, float]
+) -> tuple[dict[int, float], str]:
+    """Train a whole run; rank 0 multiplies the losses of some forwards.
+
+    Args:
+        spoilt: factor by the number of rank 0's forward in training, from 0.
+
+    Returns:
+        (the losses of rank 0's metrics by step, the message of the UserError that ended the run).
+    """
+    forwards = -1
+
+    def spoil(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> object:
+        nonlocal forwards
+        if not isinstance(module, GPTModel) or not module.training:
+            return output
+        forwards += 1
+        return output * spoilt.get(forwards, 1.0)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(spoil)
+    if rank != 0:
+        hook.remove()
+    message = ""
+    try:
+        train(config, World(rank=rank, local_rank=rank, world_size=world_size), StopRequest(()))
+    except UserError as error:
+        message = str(error)
+    finally:
+        hook.remove()
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    return {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}, message
 
 
 def corpus(folder: Path, *, documents: int = 60) -> tuple[str, str]:

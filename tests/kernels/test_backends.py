@@ -140,9 +140,11 @@ def test_leading_dimensions_are_kept(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["streams", "branch", "weight", "alpha_post", "bias", "mix_res"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
-def test_a_number_that_is_not_finite_is_named_when_checking(name: str, number: float) -> None:
+def test_a_number_that_is_not_finite_is_named_when_checking(
+    name: str, number: float, device: torch.device
+) -> None:
     case = Case()
-    leaves = operands(case, torch.device("cpu"))
+    leaves = operands(case, device)
     leaves[name].view(-1)[-1] = number
     run_kernels(case, leaves)  # unchecked: no wait for the GPU
     named = name.replace("mix_", "mix.")
@@ -152,6 +154,6 @@ def test_a_number_that_is_not_finite_is_named_when_checking(name: str, number: f
     run_kernels(case, leaves)
 
 
-def test_checking_accepts_finite_numbers() -> None:
+def test_checking_accepts_finite_numbers(device: torch.device) -> None:
     with finite_inputs():
-        run_kernels(Case(), operands(Case(), torch.device("cpu")))
+        run_kernels(Case(), operands(Case(), device))

@@ -78,6 +78,11 @@ def test_post_mix(n: int) -> None:
     assert gradcheck(kernels.post_mix, operands)
 
 
+def test_rms_norm() -> None:
+    operands = (randn(TOKENS, CHANNELS), randn(CHANNELS))
+    assert gradcheck(lambda u, w: kernels.rms_norm(u, w, eps=0.1), operands)
+
+
 @num_streams_cases
 def test_expand(n: int) -> None:
     hidden = randn(TOKENS, CHANNELS)

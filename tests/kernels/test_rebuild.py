@@ -102,6 +102,46 @@ def test_written_to_given_memory(backend: Backend, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_inputs_have_the_bits_of_the_forward(
+    dtype: torch.dtype, backend: Backend, device: torch.device
+) -> None:
+    """Of three sublayers the first, by ``pre``, and the last, by ``post_pre``, are normalised."""
+    case = Case(norm=True, dtype=dtype, tokens=17, channels=72)
+
+    def mappings_of(sublayer: int, norm: bool) -> tuple[tuple, dict, Tensor | None]:
+        torch.manual_seed(sublayer)
+        leaves = operands(replace(case, operation="pre"), device)
+        gates = (leaves["alpha_pre"], leaves["alpha_post"], leaves["alpha_res"])
+        keywords = {"options": case.options, "backend": backend}
+        weight = leaves["norm_weight"] if norm else None
+        if norm:
+            keywords |= {"norm_weight": weight, "norm_eps": 0.1}
+        return (leaves["weight"], gates, leaves["bias"]), keywords, weight
+
+    streams = operands(case, device)["streams"]
+    positional, keywords, weight = mappings_of(0, True)
+    u, mix = kernels.pre(streams, *positional, **keywords)
+    states, inputs, mixes, branches, weights = [streams], [u], [mix], [], [weight]
+    for sublayer, norm in ((1, False), (2, True)):
+        branches.append(u.roll(1, -1).tanh())
+        positional, keywords, weight = mappings_of(sublayer, norm)
+        streams, u, mix = kernels.post_pre(states[-1], branches[-1], mix, *positional, **keywords)
+        states.append(streams)
+        inputs.append(u)
+        mixes.append(mix)
+        weights.append(weight)
+    keywords = {"norm_weights": weights, "norm_eps": 0.1, "backend": backend}
+    found = kernels.rebuild(states[0], branches, mixes, **keywords)
+    assert equal(found.streams, states[1:])
+    assert equal(found.branch_inputs, inputs)
+    keywords["norm_weights"] = [weights[0], None, weights[0]]  # another weight shows
+    other = kernels.rebuild(states[0], branches, mixes, **keywords)
+    assert equal(other.branch_inputs[:2], inputs[:2])
+    assert not torch.equal(other.branch_inputs[2], inputs[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend: Backend, device: torch.device) -> None:
     states, _, branches, biases, mixes = forward(Case(tokens=0), 2, backend, device)
     found = kernels.rebuild(states[0], branches, mixes, branch_biases=biases, backend=backend)
@@ -120,6 +160,17 @@ def test_wrong_arguments(device: torch.device) -> None:
         kernels.rebuild(states[0], [branches[0][:4], branches[1]], mixes)
     with pytest.raises(ValueError, match="streams: they are of 2 sublayers, the mixes of 3"):
         kernels.rebuild(states[0], branches, mixes, out=Rebuilt(states[1:2], inputs))
+    weight = torch.ones_like(inputs[0][0])
+    with pytest.raises(ValueError, match="norm_weights: they are of 1 sublayers, the mixes of 3"):
+        kernels.rebuild(states[0], branches, mixes, norm_weights=[weight])
+    with pytest.raises(ValueError, match="norm_eps: expected None without norm_weights, got 1e-06"):
+        kernels.rebuild(states[0], branches, mixes, norm_eps=1e-6)
+    with pytest.raises(ValueError, match=r"norm_weight: expected shape \(40,\), got \(39,\)"):
+        kernels.rebuild(states[0], branches, mixes, norm_weights=[weight[1:], None, None])
+    with pytest.raises(ValueError, match="norm_weights: expected None for mixes that pre and"):
+        kernels.rebuild(
+            states[0], branches, mixes, norm_weights=[weight, None, None], backend="triton"
+        )
     transposed = [state.transpose(0, 1).contiguous().transpose(0, 1) for state in states[1:]]
     with pytest.raises(ValueError, match=r"out\.streams: expected contiguous torch\.float32"):
         kernels.rebuild(states[0], branches, mixes, out=Rebuilt(transposed, inputs))

@@ -1,11 +1,10 @@
 """torch.compile, torch.export and FakeTensor trace through the kernels without a graph break."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from helpers.fused import OPERATIONS, Case, operands, run_kernels
+from helpers.fused import NORM_EPS, OPERATIONS, Case, operands, run_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,6 +16,8 @@ CASES = [
     *(Case(operation=operation) for operation in OPERATIONS),
     Case(operation="post_pre", dtype=torch.bfloat16),
     Case(operation="post_pre").with_projection("identity"),
+    Case(operation="pre", dtype=torch.bfloat16, norm=True),
+    Case(operation="post_pre", norm=True),
 ]
 
 
@@ -59,9 +60,14 @@ def test_compiled_equals_eager_to_the_bit(case: Case, device: torch.device) -> N
         assert left is None or torch.equal(left, right)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_fake_tensors_have_the_shapes_of_real_ones(operation: str, device: torch.device) -> None:
-    case = replace(Case(operation=operation), dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("operation", "norm"),
+    [*((operation, False) for operation in OPERATIONS), ("pre", True), ("post_pre", True)],
+)
+def test_fake_tensors_have_the_shapes_of_real_ones(
+    operation: str, norm: bool, device: torch.device
+) -> None:
+    case = Case(operation=operation, norm=norm, dtype=torch.bfloat16)
     real = run_kernels(case, operands(case, device))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fakes = {
@@ -115,23 +121,24 @@ def test_tiles_of_the_caller_are_refused_while_tracing(device: torch.device) -> 
 
 # phi has parts of its own only with bfloat16 streams.
 @pytest.mark.parametrize(
-    ("operation", "dtype"),
+    ("operation", "dtype", "norm"),
     [
-        ("pre", torch.bfloat16),
-        ("post", torch.bfloat16),
-        ("post_pre", torch.bfloat16),
-        ("post_pre", torch.float32),
+        ("pre", torch.bfloat16, False),
+        ("pre", torch.bfloat16, True),
+        ("post", torch.bfloat16, False),
+        ("post_pre", torch.bfloat16, True),
+        ("post_pre", torch.float32, False),
     ],
 )
 def test_operators_keep_the_rules_of_torch_library(
-    operation: str, dtype: torch.dtype, device: torch.device
+    operation: str, dtype: torch.dtype, norm: bool, device: torch.device
 ) -> None:
-    leaves = leaves_of(Case(operation="post_pre", dtype=dtype), device)
+    leaves = leaves_of(Case(operation="post_pre", dtype=dtype, norm=norm), device)
     mix = (leaves["mix_pre"], leaves["mix_post"], leaves["mix_res"])
     packed = pack(Mappings(*(tensor.detach() for tensor in mix))).requires_grad_()
     post = (leaves["branch"], None, packed)
     names = ("weight", "alpha_pre", "alpha_post", "alpha_res", "bias")
     constants = operators.constants_of(Case().options)
-    pre = (*(leaves[name] for name in names), *constants)
+    pre = (*(leaves[name] for name in names), leaves.get("norm_weight"), *constants, NORM_EPS)
     arguments = {"pre": pre, "post": post, "post_pre": (*post, *pre, False)}[operation]
     torch.library.opcheck(getattr(operators, operation), (leaves["streams"], *arguments))

@@ -73,7 +73,7 @@ def test_bad_arguments_of_a_command_have_status_2(
     ("arguments", "message"),
     [
         (["dokter"], "unknown command 'dokter'; did you mean 'doctor'? commands: train, compare,"),
-        (["qqqq"], "unknown command 'qqqq'; commands: train, compare, data, report, simulate, "),
+        (["qqqq"], "unknown command 'qqqq'; commands: train, compare, pretrain, data, convert, "),
         (["--", "train"], "a command must come first; commands: train"),
     ],
 )

@@ -86,7 +86,7 @@ def test_every_missing_row_says_what_it_costs() -> None:
         assert 'pip install "' in rows[name].note
     for name in missing:
         assert rows[name].note and "://" not in rows[name].note
-    assert rows["torch"].note == 'nothing runs; pip install "torch>=2.6"'
+    assert rows["torch"].note == 'nothing runs; pip install "torch>=2.7"'
     assert rows["transformer-engine"].note.endswith(
         'pip install "transformer-engine[pytorch]>=2.8"'
     )
@@ -221,6 +221,7 @@ TP2 = ("parallel.tensor=2", "parallel.sequence=true")
 MOE = ("model.num_moe_experts=4",)
 MLA = ("model.multi_latent_attention=true",)
 TE = ("transformer_impl=transformer_engine",)
+FP8 = (*TE, "fp8=hybrid")
 CP2 = ("parallel.context=2",)
 _OLD_CORE = {"core": Core(version="0.16.1")}
 _NO_TE = {"versions": VERSIONS}
@@ -253,6 +254,10 @@ _V100 = {
         (with_(NODE, **_OLD_CORE, **_NO_TE), MOE, {"MoE layers"}),
         (with_(NODE, **_OLD_CORE), (*MOE, *MLA), set()),
         (with_(NODE, **_NO_TE), TE, {"transformer-engine"}),
+        (NODE, FP8, set()),
+        (NODE, (*FP8, "fp8_recipe=mxfp8"), {"fp8_recipe=mxfp8"}),
+        (with_(NODE, **_V100), FP8, {"fp8_recipe=delayed"}),
+        (LAPTOP, FP8, {"transformer-engine"}),
         (with_(NODE, import_problems={"transformer-engine": "x"}), TE, {"transformer-engine"}),
         (with_(NODE, **_V100), BF16, {"dtype=bf16"}),
         (with_(NODE, **_V100), FP16, set()),

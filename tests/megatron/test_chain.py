@@ -7,6 +7,7 @@ from helpers import layouts
 from helpers.pool import WorkerPool
 from megatron.core.models.gpt import GPTModel
 
+from mhc_megatron.config import MHCConfig
 from mhc_megatron.hyper_connection import HyperConnection
 from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.layer import MHCTransformerLayer
@@ -32,9 +33,9 @@ def count_pre(model: torch.nn.Module) -> list[int]:
     def counted(connection: HyperConnection) -> None:
         pre = connection.pre
 
-        def call(streams: torch.Tensor) -> Any:
+        def call(streams: torch.Tensor, **keywords: Any) -> Any:
             calls.append(connection.sublayer)
-            return pre(streams)
+            return pre(streams, **keywords)
 
         connection.pre = call  # type: ignore[method-assign]
 
@@ -79,6 +80,14 @@ def two_models(
 
 def test_only_the_first_layer_reads_the_streams_by_itself(workers: WorkerPool) -> None:
     [(chained, apart, gradients)] = workers.run(two_models, 1, run_config())
+    assert chained == [0]
+    assert apart == [2 * layer for layer in range(LAYERS)]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_single_pass_layers_hand_over_the_same_bits(workers: WorkerPool) -> None:
+    config = run_config(mhc=MHCConfig(variant="single_pass", contraction="read"))
+    [(chained, apart, gradients)] = workers.run(two_models, 1, config)
     assert chained == [0]
     assert apart == [2 * layer for layer in range(LAYERS)]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     # The pipeline runs the same micro-batches through the same layers in the same order.
     "pp2": ({"pipeline": 2}, {}, EXACT),
     "pp4_vpp2": ({"pipeline": 4, "virtual": 2}, {}, EXACT),
+    "pp2_uneven": ({"pipeline": 2, "first_stage_layers": 3}, {}, EXACT),
     "dp2": ({"data": 2}, {}, SUMMATION_ORDER),
     "dp2_distributed_optimizer": (
         {"data": 2, "distributed_optimizer": True},
@@ -125,6 +126,7 @@ def test_moe_equals_single_process(
     check(losses, errors, tolerance, loss_tolerance=1e-6 if tolerance else 0.0)
 
 
+@pytest.mark.one_core
 @pytest.mark.parametrize("projection", ["sinkhorn_v4", "permutation", "identity", "unconstrained"])
 def test_every_projection_under_tp_sp_and_pp(
     projection: Projection, workers: WorkerPool, tmp_path: Path
@@ -138,20 +140,64 @@ def test_every_projection_under_tp_sp_and_pp(
     assert "decoder.final_layernorm.contraction.weight" in errors
 
 
+SINGLE_PASS = MHCConfig(variant="single_pass", contraction="read", num_streams=3)
+SINGLE_PASS_LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "pp4_vpp2": LAYOUTS["pp4_vpp2"],
+    "full_recompute": LAYOUTS["full_recompute"],
+    "tp2_sp_pp2": LAYOUTS["tp2_sp_pp2"],
+    "pp2_dualpipe_v": ({"pipeline": 2, "schedule": "dualpipe_v"}, {}, EXACT),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE_PASS_LAYOUTS)
+def test_single_pass_equals_single_process(
+    name: str,
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    """What a stage reads first was read by the stage before it."""
+    if "single_pass" not in oracles:
+        folder = tmp_path_factory.mktemp("oracle_single_pass")
+        oracles["single_pass"] = Oracle(workers, run_config(DENSE, mhc=SINGLE_PASS), folder)
+    layout, options, tolerance = SINGLE_PASS_LAYOUTS[name]
+    config = run_config(DENSE, layout, mhc=SINGLE_PASS, **options)
+    losses, errors = oracles["single_pass"].errors(workers, config, tmp_path / "g")
+    check(losses, errors, tolerance, loss_tolerance=1e-6 if tolerance else 0.0)
+
+
+def test_single_pass_moe_with_mtp_under_tp_sp_and_pp(workers: WorkerPool, tmp_path: Path) -> None:
+    # Older cores refuse MoE, by name: test_moe_equals_single_process.
+    model = {**MTP, **(MOE if Version(core_version) >= Version("0.17") else {})}
+    mhc = MHCConfig(variant="single_pass", contraction="read", num_streams=2)
+    oracle = Oracle(workers, run_config(model, mhc=mhc), tmp_path)
+    layout = {"tensor": 2, "sequence": True, "pipeline": 2}
+    losses, errors = oracle.errors(workers, run_config(model, layout, mhc=mhc), tmp_path / "g")
+    check(losses, errors, SUMMATION_ORDER, loss_tolerance=1e-6)
+
+
 def small(config: TrainConfig) -> TrainConfig:
     """Two layers and one micro-batch: the interpreter takes seconds for each sublayer."""
     model = dataclasses.replace(config.model, num_layers=2, seq_length=8)
     return dataclasses.replace(config, model=model, global_batch_size=1)
 
 
-def test_fused_kernels_equal_the_reference_under_tp_sp(workers: WorkerPool, tmp_path: Path) -> None:
-    """Without a GPU the kernels run in Triton's interpreter."""
-    reference = MHCConfig(backend="reference", num_streams=3, sinkhorn_iterations=3)
+@pytest.mark.one_core
+def test_fused_kernels_equal_the_reference(workers: WorkerPool, tmp_path: Path) -> None:
+    """Under TP+SP, and with layers run again. Without a GPU in Triton's interpreter."""
+    reference = MHCConfig(
+        backend="reference", num_streams=3, sinkhorn_iterations=3, contraction="learned"
+    )
     oracle = Oracle(workers, small(run_config(DENSE, mhc=reference)), tmp_path)
     fused = dataclasses.replace(reference, backend="triton")
-    config = small(run_config(DENSE, {"tensor": 2, "sequence": True}, mhc=fused))
-    losses, errors = oracle.errors(workers, config, tmp_path / "g")
-    check(losses, errors, SUMMATION_ORDER, loss_tolerance=1e-6)
+    for name, parallel, options in (
+        ("tp2_sp", {"tensor": 2, "sequence": True}, {}),
+        ("full", {}, {"recompute": "full"}),
+    ):
+        config = small(run_config(DENSE, parallel, mhc=fused, **options))
+        losses, errors = oracle.errors(workers, config, tmp_path / name)
+        check(losses, errors, SUMMATION_ORDER, loss_tolerance=1e-6)
 
 
 def drop_sequence_parallel_tags(chunks: list[torch.nn.Module]) -> None:
@@ -162,6 +208,7 @@ def drop_sequence_parallel_tags(chunks: list[torch.nn.Module]) -> None:
                 parameter.sequence_parallel = False
 
 
+@pytest.mark.one_core
 def test_a_missing_sequence_parallel_tag_is_caught(
     workers: WorkerPool, oracle: Any, tmp_path: Path
 ) -> None:

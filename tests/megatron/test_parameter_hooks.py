@@ -19,13 +19,17 @@ from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
 
+LEARNED = MHCConfig(contraction="learned")
+# The kernels read the weights of the branches' norms as well.
+KERNELS = MHCConfig(contraction="learned", backend="triton", num_streams=2, sinkhorn_iterations=1)
 
-def run_config(**options: object) -> TrainConfig:
+
+def run_config(mhc: MHCConfig, **options: object) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, seq_length=8
         ),
-        mhc=MHCConfig(contraction="learned"),
+        mhc=mhc,
         micro_batch_size=1,
         global_batch_size=2,
         **options,  # type: ignore[arg-type]
@@ -48,8 +52,9 @@ def owners_not_called(rank: int, world_size: int, config: TrainConfig) -> list[s
         ]
 
 
-def test_every_owner_of_parameters_is_called(workers: WorkerPool) -> None:
-    assert workers.run(owners_not_called, 1, run_config()) == [[]]
+@pytest.mark.parametrize("mhc", [LEARNED, KERNELS], ids=["reference", "kernels"])
+def test_every_owner_of_parameters_is_called(mhc: MHCConfig, workers: WorkerPool) -> None:
+    assert workers.run(owners_not_called, 1, run_config(mhc)) == [[]]
 
 
 def losses(rank: int, world_size: int, config: TrainConfig, overlap: bool) -> list[float]:
@@ -81,9 +86,12 @@ def losses(rank: int, world_size: int, config: TrainConfig, overlap: bool) -> li
         return found
 
 
+@pytest.mark.parametrize("mhc", [LEARNED, KERNELS], ids=["reference", "kernels"])
 @pytest.mark.parametrize("ranks", [2])
-def test_overlapped_gathering_changes_no_loss(ranks: int, workers: WorkerPool) -> None:
-    config = run_config(parallel=ParallelConfig(data=ranks, distributed_optimizer=True))
+def test_overlapped_gathering_changes_no_loss(
+    ranks: int, mhc: MHCConfig, workers: WorkerPool
+) -> None:
+    config = run_config(mhc, parallel=ParallelConfig(data=ranks, distributed_optimizer=True))
     plain = workers.run(losses, ranks, config, False)
     assert workers.run(losses, ranks, config, True) == plain
     assert len(set(plain[0])) == 3

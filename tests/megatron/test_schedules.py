@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import layouts
 from helpers.oracle import (
     DENSE,
     EXACT,
@@ -50,6 +52,22 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         {},
         SUMMATION_ORDER,
     ),
+    "pp2_dualpipe_v_uneven": (
+        {
+            "pipeline": 2,
+            "schedule": "dualpipe_v",
+            "first_stage_layers": 3,
+            "last_stage_layers": 1,
+        },
+        {},
+        EXACT,
+    ),
+    "pp2_dualpipe_uneven": (
+        {"pipeline": 2, "schedule": "dualpipe", "first_stage_layers": 3, "last_stage_layers": 5},
+        {},
+        EXACT,
+    ),
+    "pp4_zb_h1_uneven": ({"pipeline": 4, "schedule": "zb_h1", "last_stage_layers": 2}, {}, EXACT),
     "tp2_sp_pp2_dualpipe": (
         {"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "dualpipe"},
         {},
@@ -141,6 +159,35 @@ def test_bf16(name: str, workers: WorkerPool, tmp_path_factory: pytest.TempPathF
         workers, two, folder / "g"
     )
     check(losses, errors, EXACT, loss_tolerance=0.0)
+
+
+def take_means(chunks: list[torch.nn.Module]) -> None:
+    """Losses as means over micro-batches and replicas, not over the tokens of the step."""
+    chunks[0].config.calculate_per_token_loss = False
+
+
+@pytest.mark.parametrize("name", ["pp2_dualpipe_v", "pp2_dualpipe"])
+def test_mean_loss(
+    name: str,
+    workers: WorkerPool,
+    oracles: dict[str, Oracle],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    layout = SCHEDULES[name][0]
+    single = oracle("dense", layout, workers, oracles, tmp_path_factory)
+    config = run_config(DENSE, layout, global_batch_size=NUM_MB)
+    one = run_config(DENSE, global_batch_size=NUM_MB)
+    left, right = tmp_path / "left", tmp_path / "right"
+    for folder, run, size in ((left, config, 2), (right, one, 1)):
+        folder.mkdir()
+        arguments = (run, str(single.initial), str(folder), take_means)
+        workers.run(layouts.losses_and_gradients, size, *arguments)
+    [errors] = workers.run(layouts.differences, 1, str(left), str(right))
+    # The loop does not add up in halves here.
+    check([], errors, EXACT if name == "pp2_dualpipe_v" else SUMMATION_ORDER, loss_tolerance=0.0)
+    [others] = workers.run(layouts.differences, 1, str(right), str(single.gradients))
+    assert min(others.values()) > SUMMATION_ORDER, "the mean of means is another loss"
 
 
 def test_mtp(

@@ -117,6 +117,16 @@ def test_equals_the_plain_model_to_float64_rounding(
     assert abs(loss / expected - 1) < 1e-12
 
 
+@pytest.mark.parametrize("contraction", ["mean", "read"])
+def test_single_pass_equals_the_plain_model(
+    contraction: Contraction, workers: WorkerPool, plain_loss: Any
+) -> None:
+    expected, folder = plain_loss(True)
+    mhc = MHCConfig(variant="single_pass", contraction=contraction)
+    [loss] = workers.run(first_loss, 1, config("mhc", mhc), str(folder), False, True)
+    assert abs(loss / expected - 1) < 1e-12
+
+
 def test_the_v4_floor_breaks_the_equality_only_by_its_eps(
     workers: WorkerPool, plain_loss: Any
 ) -> None:

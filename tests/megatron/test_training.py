@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from mhc_megatron.training.config import (
     ParallelConfig,
     TrainConfig,
 )
+from mhc_megatron.training.overrides import apply_overrides
+from mhc_megatron.training.verify import configuration_difference
 
 # Float32 sums in another order (6e-8 each), carried through three Adam steps.
 AFTER_STEPS = 2e-5
@@ -108,9 +111,11 @@ def test_resuming_continues_bit_for_bit(
     assert first + run(workers, layout, 6) == whole
 
 
+@pytest.mark.parametrize("overrides", [[], ["mhc.variant=single_pass", "mhc.contraction=read"]])
 def test_a_checkpoint_of_pp2_resumes_under_tp2(
-    workers: WorkerPool, config: TrainConfig, tmp_path: Path
+    overrides: list[str], workers: WorkerPool, config: TrainConfig, tmp_path: Path
 ) -> None:
+    config = apply_overrides(config, overrides)
     pipeline = under(config, pipeline=2)
     run(workers, pipeline, 3, save=True)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
@@ -205,6 +210,21 @@ def test_a_run_killed_while_saving_resumes_from_the_last_whole_checkpoint(
     assert len(resumed) == 4
 
 
+@pytest.mark.one_core
+@pytest.mark.parametrize("schedule", ["dualpipe_v", "dualpipe"])
+def test_a_rank_that_dies_in_a_step_is_named(schedule: str, config: TrainConfig) -> None:
+    layout = ParallelConfig(pipeline=2, schedule=schedule)  # type: ignore[arg-type]
+    config = dataclasses.replace(config, parallel=layout, micro_batch_size=1, timeout_minutes=1)
+    pool = WorkerPool(2)
+    failures = pool.failures(training.die_in_a_step, 2, config, 1, expected=2)
+    assert failures[1] == "died with exit status 7"
+    # Its neighbour waits for a message then, or has one on the way.
+    named = (
+        r"ExecutionError: pipeline rank 0 failed at (recv \w+ from|send \w+ to) 1: TransferError: "
+    )
+    assert re.search(named, failures[0]), failures[0]
+
+
 def newest(config: TrainConfig) -> Path:
     return sorted(Path(config.out, "checkpoints").glob("step_*"))[-1]
 
@@ -216,37 +236,108 @@ def refusal(workers: WorkerPool, config: TrainConfig) -> str:
     return line.partition("UserError: ")[2]
 
 
-def test_a_damaged_checkpoint_is_named(config: TrainConfig, lone_workers: list[WorkerPool]) -> None:
-    workers, others = lone_workers
-    run(workers, config, 1, save=True)
-    shard = max(newest(config).iterdir(), key=lambda path: path.stat().st_size)
-    with shard.open("r+b") as file:
-        file.truncate(100)
-    assert f"{shard.name} has 100 bytes instead of" in refusal(workers, config)
-    shard.unlink()
-    assert f"{shard.name} is missing" in refusal(others, config)
-
-
-@pytest.mark.parametrize(
-    ("section", "field", "value"),
-    [("model", "ffn_hidden_size", 128), ("mhc", "num_streams", 2), ("data", "tokenizer", "x")],
-)
-def test_a_checkpoint_of_another_configuration_names_the_field(
-    section: str, field: str, value: Any, config: TrainConfig, lone_workers: list[WorkerPool]
+def test_a_damaged_checkpoint_is_passed_over(
+    workers: WorkerPool, config: TrainConfig, lone_workers: list[WorkerPool]
 ) -> None:
-    workers, _ = lone_workers
+    config = under(config, tensor=2)  # each rank verifies a part
     run(workers, config, 1, save=True)
-    written = newest(config) / "train_config.json"
-    saved = json.loads(written.read_text())
-    saved[section][field] = value
-    written.write_text(json.dumps(saved, indent=2))
+    run(workers, config, 2, save=True)
+    [whole, _] = workers.run(training.resumed_losses, 2, config, 3)
+    old, new = sorted(Path(config.out, "checkpoints").iterdir())
+    for shard in sorted(new.glob("*.distcp"))[-1:]:
+        contents = bytearray(shard.read_bytes())
+        contents[len(contents) // 2] ^= 1
+        shard.write_bytes(contents)  # one bit, the size as it was
+    [fallen_back, silent] = workers.run(training.resumed_losses, 2, config, 3)
+    assert fallen_back.warnings == [
+        f"checkpoint {new} is damaged: {shard.name} has other contents than were saved; "
+        f"resuming from {old} instead"
+    ]
+    assert silent.warnings == whole.warnings == []
+    assert len(fallen_back.losses) == 2 and fallen_back.losses[1:] == whole.losses
+
+    run(workers, config, 2, save=True)  # the step is written again, whole
+    [again, _] = workers.run(training.resumed_losses, 2, config, 3)
+    assert again == whole
+
+    (new / "manifest.json").unlink()
+    with (old / shard.name).open("r+b") as file:
+        file.truncate(100)
+    message = refusal(lone_workers[0], under(config))
+    assert message.startswith(
+        f"no whole checkpoint is left in {old.parent}: checkpoint {new} is damaged: manifest.json "
+        f"is missing; checkpoint {old} is damaged: {shard.name} has 100 bytes instead of "
+    )
+    assert message.endswith("or remove these folders to start from step 0")
+
+
+def test_a_checkpoint_without_checksums_is_loaded(workers: WorkerPool, config: TrainConfig) -> None:
+    run(workers, config, 1, save=True)
     manifest = newest(config) / "manifest.json"
-    sizes = json.loads(manifest.read_text())
-    sizes["files"][written.name] = written.stat().st_size
-    manifest.write_text(json.dumps(sizes))
-    assert f"was saved with {section}.{field}={value!r}" in refusal(workers, config)
+    content = json.loads(manifest.read_text())
+    assert content["sha256"].keys() == content["files"].keys()
+    del content["sha256"]
+    manifest.write_text(json.dumps(content))
+    [resumed] = workers.run(training.resumed_losses, 1, config, 2)
+    assert len(resumed.losses) == 1
+    assert resumed.warnings == [
+        f"checkpoint {newest(config)} is of before checksums were saved: only its file sizes are "
+        "checked"
+    ]
 
 
+@pytest.mark.parametrize("limit", [100, 20_000], ids=["what_rank_0_writes", "a_shard"])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    limit: int, config: TrainConfig, lone_workers: list[WorkerPool]
+) -> None:
+    pool, survivor = lone_workers
+    run(pool, config, 1, save=True)
+    before = {path.name: path.read_bytes() for path in newest(config).iterdir()}
+    with pytest.raises(WorkerFailed) as caught:
+        pool.run(training.save_on_a_full_disk, 1, config, 2, limit)
+    [line] = [x for x in str(caught.value).splitlines() if "errors.UserError: " in x]
+    folder = newest(config).parent
+    assert re.search(
+        rf"checkpoint {folder}/step_00000002 cannot be written: .* MiB are free in {folder}\); the "
+        "checkpoints before it are intact. Make room there, ",
+        line,
+    )
+    assert [path.name for path in folder.iterdir()] == ["step_00000001"]
+    assert before == {path.name: path.read_bytes() for path in newest(config).iterdir()}
+    assert len(run(survivor, config, 2, save=True)) == 1
+
+
+@pytest.mark.one_core
+def test_a_checkpoint_of_another_configuration_names_the_field(
+    config: TrainConfig, lone_workers: list[WorkerPool]
+) -> None:
+    run(lone_workers[0], config, 1, save=True)
+    written = newest(config) / "train_config.json"
+    original = json.loads(written.read_text())
+    assert configuration_difference(newest(config), config) is None
+    for section, field, value in (
+        ("model", "ffn_hidden_size", 128),
+        ("mhc", "num_streams", 2),
+        ("data", "tokenizer", "x"),
+    ):
+        changed = {**original[section], field: value}
+        written.write_text(json.dumps({**original, section: changed}))
+        found = configuration_difference(newest(config), config)
+        assert found is not None and f"was saved with {section}.{field}={value!r}" in found
+
+    # A field that did not exist when it was saved had its default.
+    younger = {name: value for name, value in original["mhc"].items() if name != "variant"}
+    written.write_text(json.dumps({**original, "mhc": younger}))
+    assert configuration_difference(newest(config), config) is None
+    single_pass = dataclasses.replace(config, mhc=MHCConfig(variant="single_pass"))
+    found = configuration_difference(newest(config), single_pass)
+    assert found is not None and "was saved with mhc.variant='two_pass', this run has" in found
+
+    written.write_text(json.dumps(original, indent=2))
+    assert "was saved with mhc.variant='two_pass'" in refusal(lone_workers[1], single_pass)
+
+
+@pytest.mark.one_core
 def test_a_loss_that_is_not_a_number_stops_the_run(
     config: TrainConfig, lone_workers: list[WorkerPool]
 ) -> None:
@@ -258,6 +349,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     assert newest(config).name == "step_00000001"
 
 
+@pytest.mark.one_core
 def test_a_wrong_number_of_processes_is_named(workers: WorkerPool, config: TrainConfig) -> None:
     with pytest.raises(WorkerFailed, match="2 processes run, but the layout needs tensor 1 x"):
         workers.run(training.train_steps, 2, config, 1)

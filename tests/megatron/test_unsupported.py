@@ -38,6 +38,7 @@ def megatron_config(**options: Any) -> TransformerConfig:
     ("options", "message"),
     [
         ({"hidden_dropout": 0.1}, "hidden_dropout=0.1 .* set hidden_dropout=0"),
+        ({"fused_residual_rmsnorm": True}, "fused_residual_rmsnorm=True .* set it to False"),
         ({"fp32_residual_connection": True}, "fp32_residual_connection=True .* set it to False"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
@@ -63,6 +64,15 @@ def test_option_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         MHCTransformerLayer(megatron_config(**options), submodules, mhc=MHCConfig())
     assert "\n" not in str(caught.value)
+
+
+def test_single_pass_refuses_cpu_offloading() -> None:
+    """Offloading replaces the tensor by which a layer knows what was handed over with it."""
+    submodules = get_gpt_layer_local_spec().submodules
+    mhc = MHCConfig(variant="single_pass")
+    with pytest.raises(UserError, match=r"cpu_offloading=True .* or variant=") as e:
+        MHCTransformerLayer(megatron_config(cpu_offloading=True), submodules, mhc=mhc)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,7 @@ class TwoRanks:
 def test_two_ranks_with_virtual_stages_and_batched_p2p_are_refused() -> None:
     config = megatron_config(virtual_pipeline_model_parallel_size=2, batch_p2p_comm=True)
     with pytest.raises(UserError, match=r"pipeline_model_parallel_size=2 .* mixes up messages"):
-        StreamP2PCommunicator(TwoRanks(), config, num_streams=4)  # type: ignore[arg-type]
+        StreamP2PCommunicator(TwoRanks(), config, hidden_parts=4)  # type: ignore[arg-type]
 
 
 def build_facts(rank: int, world_size: int, config: TrainConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mhc_megatron.config import MHCConfig, Projection
-from mhc_megatron.hyper_connection import HyperConnection
+from mhc_megatron.hyper_connection import HyperConnection, mappings_to
 from mhc_megatron.streams import Contraction, expand_streams
 
 PROJECTIONS: list[Projection] = [
@@ -71,7 +71,7 @@ def test_pre_and_post_keep_the_dtype_and_shape_of_the_streams() -> None:
 def test_the_observer_sees_the_residual_mapping() -> None:
     connection = HyperConnection(MHCConfig(), hidden_size=8, sublayer=0)
     seen: list[torch.Tensor] = []
-    connection.observer = seen.append
+    connection.observer = mappings_to(seen.append)
     _, mix = connection.pre(torch.randn(3, 2, 32))
     [mapping] = seen
     assert torch.equal(mapping, mix.res) and not mapping.requires_grad

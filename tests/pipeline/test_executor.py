@@ -5,10 +5,17 @@ import torch
 from helpers import stages
 from torch import nn
 
+from mhc_megatron.pipeline.actions import Transfer
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.costs import Costs, StageCosts
-from mhc_megatron.pipeline.executor import ExecutionError, execute
-from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
+from mhc_megatron.pipeline.executor import (
+    ExecutionError,
+    GradientMade,
+    OutputMade,
+    Side,
+    execute,
+)
+from mhc_megatron.pipeline.in_process import Exchange, InProcessTransport, run_ranks
 from mhc_megatron.pipeline.lower import lower_rank
 from mhc_megatron.pipeline.recompute import place_recompute
 from mhc_megatron.pipeline.schedule import Schedule
@@ -56,19 +63,21 @@ COSTS = Costs(
 )
 
 
-@pytest.mark.parametrize("name", ["one_f_one_b", "zb_h1", "dualpipe_v"])
+@pytest.mark.parametrize("name", ["one_f_one_b", "zb_h1", "dualpipe_v", "dualpipe"])
 def test_the_simulator_foretells_the_step(name: str) -> None:
     schedule = generate(name, num_ranks=4, num_mb=10)
     simulated = simulate(schedule, COSTS)
     # Sleeps are never shorter than asked for, but a machine that is busy makes some of them longer:
-    # of a few tries the shortest is the one that was least disturbed.
+    # one of a few tries is little disturbed.
+    makespan = pytest.approx(simulated.makespan, rel=0.1)
+    bubble = pytest.approx(simulated.bubble_fraction, abs=0.05)
     for _ in range(8):
         executed = stages.slept(schedule, COSTS)
         assert executed.makespan >= simulated.makespan
-        if executed.makespan <= 1.1 * simulated.makespan:
+        if executed.makespan == makespan and executed.bubble_fraction == bubble:
             break
-    assert executed.makespan == pytest.approx(simulated.makespan, rel=0.1)
-    assert executed.bubble_fraction == pytest.approx(simulated.bubble_fraction, abs=0.05)
+    assert executed.makespan == makespan
+    assert executed.bubble_fraction == bubble
 
 
 def test_an_error_shows_the_program() -> None:
@@ -100,6 +109,18 @@ def test_an_error_shows_the_program() -> None:
         "recv 0F2 from 0, >>> 1F2 <<<, 1I2, send 1I2 to 0, 1W1, recv 0F3 from 0 (5 after)"
     )
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_profile_names_the_items() -> None:
+    schedule = generate("zb_h1", num_ranks=1, num_mb=3)
+    stage = stages.autograd_stages(stages.modules(1, seed=0), seed=0)
+    program = lower_rank(schedule, 0)
+    transport = InProcessTransport(Exchange(num_ranks=1), 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        execute(program, stage, transport, num_stages=1, message=stages.message())
+    names = [event.name for event in sorted(profile.events(), key=lambda e: e.time_range.start)]
+    items = [str(item) for item in program]
+    assert [name for name in names if name in items] == items
 
 
 def test_a_dropped_weight_gradient_is_found() -> None:
@@ -162,3 +183,56 @@ def test_a_rebuild_runs_at_its_place_in_the_schedule() -> None:
         1,
     )
     assert calls == ["F0", "R0", "B0", "F1", "R1", "B1"]
+
+
+@pytest.mark.parametrize("gradient_first", [False, True])
+def test_messages_of_an_overlap_leave_when_they_are_made(gradient_first: bool) -> None:
+    schedule = generate("dualpipe_v", num_ranks=3, num_mb=6)
+    ours, theirs = (stages.modules(6, seed=3) for _ in range(2))
+    left: dict[str, set[int]] = {"output": set(), "gradient": set()}
+
+    def rank(transport: InProcessTransport) -> None:
+        every = stages.autograd_stages(ours, seed=3)
+        own = {stage: every[stage] for stage in schedule.placement.stages_on(transport.rank)}
+        sent: list[Transfer] = []
+        send = transport.send
+
+        def noting(transfer: Transfer, tensor: torch.Tensor) -> None:
+            sent.append(transfer)
+            send(transfer, tensor)
+
+        def both(
+            forward: Side, backward: Side, output_made: OutputMade, gradient_made: GradientMade
+        ) -> None:
+            def run_forward() -> None:
+                before = len(sent)
+                output_made(forward[0].forward(forward[1], forward[2]))
+                left["output"].add(len(sent) - before)
+
+            def run_backward() -> None:
+                mb, grad = backward[1:]
+                gradient = backward[0].backward(mb, grad, defer_weights=True)
+                before = len(sent)
+                gradient_made(gradient)
+                left["gradient"].add(len(sent) - before)
+                backward[0].weights(mb)
+
+            sides = [run_forward, run_backward]
+            for side in reversed(sides) if gradient_first else sides:
+                side()
+
+        transport.send = noting  # type: ignore[method-assign]
+        program = lower_rank(schedule, transport.rank)
+        execute(program, own, transport, num_stages=6, message=stages.message(), overlap=both)
+        expected = [item for item in program if isinstance(item, Transfer) and item.kind == "send"]
+        for peer in range(3):
+            assert [x for x in sent if x.peer == peer] == [x for x in expected if x.peer == peer]
+
+    run_ranks(rank, 3)
+    # A forward of the last stage is a loss, and one into the turn of the V stays on its rank. A
+    # gradient that is made first waits for the output: both go to the same rank, in one order.
+    assert left["gradient"] == ({0} if gradient_first else {0, 1})
+    assert left["output"] == ({0, 2} if gradient_first else {0, 1})
+    stages.serial(theirs, schedule.num_mb, 3)
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        assert torch.equal(a, b)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -46,6 +47,14 @@ def test_costs_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 STEP = ("--ranks", "4", "--micro-batches", "8")
 GPIPE = ("--schedule", "gpipe", *STEP)
+PAIRED = ("--schedule", "dualpipe_v", "--ranks", "4", "--micro-batches", "10")
+OVERLAP_TABLE = """\
+a forward beside a backward takes 16; one after the other 24 (0.667)
+lane           busy   share  exposed
+compute          16  100.0%       16
+communication     8   50.0%        0
+priority          0    0.0%        0
+"""
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,23 @@ GPIPE = ("--schedule", "gpipe", *STEP)
             "stage in --costs",
         ),
         (
+            (*GPIPE, "--overlap", "post"),
+            "--overlap post: gpipe pairs no forward with a backward; use dualpipe_v or dualpipe",
+        ),
+        (
+            (*GPIPE, "--experts"),
+            "--phase-costs and --experts describe --overlap; give it, or leave both",
+        ),
+        (
+            (*PAIRED, "--overlap", "all", "--recompute-block", "0"),
+            "--overlap all with --recompute-block 0 has nothing to rebuild; use --overlap post",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "phases.json"),
+            "phases.json: unknown phase 'gelu'; known: enter, attention, attention_post, mlp, "
+            "router, dispatch, experts, combine, unpermute, mlp_post, leave",
+        ),
+        (
             ("--schedule", "gpipe", *STEP, "--out", "broken.csv"),
             "--out broken.csv: File exists; name a writable folder",
         ),
@@ -116,8 +142,26 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.csv").write_text("0F0\n")
+    (tmp_path / "phases.json").write_text('{"gelu": {"forward": 1}}')
     assert _run(*arguments) == 2
     assert capsys.readouterr().err == f"mhc-megatron: error: {message}\n"
+
+
+def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Closed form: each micro-batch has products of 4 + 4 and exchanges of 2 + 2 per direction."""
+    costs = {"attention": {"forward": 4, "dgrad": 4}, "experts": {"forward": 4, "dgrad": 4}}
+    costs |= {name: {"forward": 2, "dgrad": 2} for name in ("dispatch", "combine")}
+    others = ("enter", "attention_post", "router", "unpermute", "mlp_post")
+    (tmp_path / "phases.json").write_text(json.dumps(costs | {name: {} for name in others}))
+    pair = ("--overlap", "post", "--experts", "--phase-costs", str(tmp_path / "phases.json"))
+    out = tmp_path / "out"
+    assert _run(*PAIRED, *pair, "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert f"\n\n{OVERLAP_TABLE}\nwritten: " in printed
+    assert "makespan                    476" in printed
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "overlap.svg"])
+    drawing = ElementTree.fromstring((out / "overlap.svg").read_text())
+    assert len(drawing.findall(".//{*}title")) == 8  # four phases that take time, both ways
 
 
 def test_large_steps_leave_the_long_files_out(

@@ -1,0 +1,19 @@
+"""A distributed runtime of one process, for Megatron's modules that ask for their groups."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from mhc_megatron.launch.environment import World
+from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.runtime import distributed_runtime
+
+
+@contextlib.contextmanager
+def one_process(backend: str | None = None) -> Iterator[None]:
+    """Initialised while the context is open; ``backend`` as for ``distributed_runtime``."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    single = TrainConfig(micro_batch_size=1, global_batch_size=1)
+    world = World(rank=0, local_rank=0, world_size=1)
+    with distributed_runtime(single, world, backend=backend):
+        yield

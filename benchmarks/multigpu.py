@@ -1,0 +1,237 @@
+"""Several GPUs of one host: layouts against one GPU, pipeline steps, messages, scaling, a death.
+
+    python benchmarks/multigpu.py --results benchmarks/results/h100
+    python benchmarks/multigpu.py --results out --device cpu --ranks 2 --hidden 32 --seq 16
+
+Starts a process per GPU, on 2, 4 or 8 of them. The parts, by name in ``--parts``:
+
+parity   every layout against one GPU, in bf16 (multigpu_parity.py)
+steps    step times of a pipeline, plain residual and mHC (multigpu_steps.py)
+p2p      bandwidth of messages of n*C between two GPUs (multigpu_p2p.py)
+scaling  tokens per second over data-parallel ranks with equal work on each (multigpu_steps.py)
+kill     a rank that is killed in a step ends the job, named (multigpu_kill.py)
+
+Every part has a limit of time, and so has each of its jobs: what hangs is ended, and the next goes
+on. Lines are printed and appended to ``<results>/multigpu.jsonl`` as they are found (format:
+benchmarks/README.md). Exit status 1 if anything failed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import provenance
+from ranks import Ranks, WorkerFailed
+
+from mhc_megatron.errors import UserError
+
+# Seconds. Together a little below six minutes.
+LIMITS = {"parity": 150.0, "steps": 110.0, "p2p": 20.0, "scaling": 40.0, "kill": 35.0}
+
+
+@dataclass
+class Bench:
+    """What the parts share: processes, sizes, and the results file."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    folder: Path
+    source: dict[str, Any]
+    failed: int = 0
+
+    def attempt(self, name: str, lines: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        """Append the lines of one case; a failure is printed and counted."""
+        start = time.monotonic()
+        try:
+            for line in lines():
+                self._append(line)
+        except UserError as error:
+            self.say(f"{name}: not run: {error}")
+        except WorkerFailed as error:
+            self.failed += 1
+            self.say(f"{name}: FAILED\n{error}")
+        except Exception:  # the other cases are worth their time all the same
+            self.failed += 1
+            self.say(f"{name}: FAILED\n{traceback.format_exc()}")
+        self.say(f"{name}: {time.monotonic() - start:.1f} s")
+
+    def _append(self, line: dict[str, Any]) -> None:
+        line = {"benchmark": "multigpu", **line, **self.source}
+        with (self.args.results / "multigpu.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {k: v for k, v in line.items() if k not in ("benchmark", "shape", *self.source)}
+        print("  " + json.dumps(shown), flush=True)
+
+    def say(self, text: str) -> None:
+        """Progress, with the time since the start."""
+        print(f"[{time.monotonic() - START:6.1f}] {text}", flush=True)
+
+
+START = time.monotonic()
+
+
+def parity(bench: Bench) -> None:
+    """Every layout against one GPU."""
+    import multigpu_parity as part
+
+    work = part.Parity(bench.ranks, bench.folder, _parity_size(bench.args), bench.args.backend)
+    for name, case in part.cases(bench.ranks.num_ranks).items():
+        if bench.args.cases and name not in bench.args.cases:
+            continue
+
+        def lines(name: str = name, case: part.Case = case) -> Iterator[dict[str, Any]]:
+            line = work.line(name, case)
+            yield line
+            if bool(line["mismatches"]) is not case.spoiled:
+                bench.failed += 1
+                bench.say(f"{name}: {'MISMATCHES' if line['mismatches'] else 'FAULT NOT FOUND'}")
+
+        bench.attempt(name, lines)
+
+
+def _parity_size(args: argparse.Namespace) -> dict[str, int]:
+    hidden = args.hidden or 512
+    return {
+        "num_layers": args.layers or 8,
+        "hidden_size": hidden,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 2 * hidden,
+        "seq_length": args.seq or 512,
+    }
+
+
+def steps(bench: Bench) -> None:
+    """Step times of a pipeline over all ranks."""
+    import multigpu_steps as part
+
+    size = _size(bench)
+    for name in part.SCHEDULES:
+        if bench.args.cases and name not in bench.args.cases:
+            continue
+        bench.attempt(
+            f"steps {name}",
+            lambda name=name: part.step_lines(
+                bench.ranks, size, name, num_layers=bench.args.layers
+            ),
+        )
+
+
+def p2p(bench: Bench) -> None:
+    """Messages between two ranks."""
+    import multigpu_p2p as part
+
+    bench.attempt(
+        "p2p", lambda: part.p2p_lines(bench.ranks, hidden=bench.args.hidden, seq=bench.args.seq)
+    )
+
+
+def scaling(bench: Bench) -> None:
+    """Data parallelism over more and more ranks."""
+    import multigpu_steps as part
+
+    size, layers = _size(bench), bench.args.layers or 4
+    bench.attempt("scaling", lambda: part.scaling_lines(bench.ranks, size, num_layers=layers))
+
+
+def kill(bench: Bench) -> None:
+    """A rank that dies."""
+    import multigpu_kill as part
+
+    bench.ranks.close()  # their memory and cores are for the processes of this part
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for line in part.kill_lines(
+            bench.ranks.num_ranks,
+            _parity_size(bench.args),
+            bench.args.backend,
+            bench.folder / "kill",
+            patience=bench.args.patience,
+        ):
+            yield line
+            bench.failed += bool(line["problems"])
+
+    bench.attempt("kill", lines)
+
+
+def _size(bench: Bench) -> Any:
+    import multigpu_steps as part
+
+    hidden = bench.args.hidden or part.Size.hidden
+    return part.Size(
+        hidden=hidden,
+        heads=part.Size.heads if hidden >= part.Size.hidden else 4,
+        ffn=part.Size.ffn * hidden // part.Size.hidden,
+        seq=bench.args.seq or part.Size.seq,
+        backend=bench.args.backend,
+        out=bench.folder,
+    )
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "parity": parity,
+    "steps": steps,
+    "p2p": p2p,
+    "scaling": scaling,
+    "kill": kill,
+}
+
+
+def main() -> int:
+    """Run the parts; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, required=True, help="results folder")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--cases", nargs="+", help="of the parts: only these")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--ranks", type=int, help="processes (default: one per GPU)")
+    parser.add_argument("--hidden", type=int, metavar="C", help="instead of each part's own")
+    parser.add_argument("--seq", type=int, metavar="S", help="instead of each part's own")
+    parser.add_argument("--layers", type=int, metavar="L", help="instead of each part's own")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies all limits")
+    parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
+    args = parser.parse_args()
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts={args.parts}: {', '.join(unknown)} is not one of {', '.join(PARTS)}")
+    _prepare_environment(args)
+    num_ranks = args.ranks or torch.cuda.device_count()
+    if num_ranks < 2 or (args.device == "cuda" and torch.cuda.device_count() < num_ranks):
+        parser.error(f"{num_ranks} ranks on {torch.cuda.device_count()} GPUs; 2 at least")
+    args.results.mkdir(parents=True, exist_ok=True)
+    ranks = Ranks(num_ranks, patience=args.patience)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, ranks, Path(folder), provenance(args.commit))
+        try:
+            for name in args.parts.split(","):
+                bench.say(f"{name}, at most {LIMITS[name] * args.patience:.0f} s")
+                ranks.begin(LIMITS[name])
+                PARTS[name](bench)
+        finally:
+            ranks.close()
+    bench.say(f"{bench.failed} failed")
+    return int(bench.failed > 0)
+
+
+def _prepare_environment(args: argparse.Namespace) -> None:
+    """What the processes inherit."""
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    args.backend = "triton" if args.device == "cuda" else "reference"
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # no multicast over NVLink
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # sums in one order, also on busy streams
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

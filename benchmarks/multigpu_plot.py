@@ -1,0 +1,129 @@
+"""A picture of step times, messages and scaling on several GPUs, made from a results file.
+
+    python benchmarks/multigpu_plot.py benchmarks/results/h100/multigpu.jsonl docs/multigpu.svg
+
+Of the commit that was measured last, and of its runs the latest that has a figure. What was not
+measured leaves its panel out.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from kernel_table import Line, read
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#888888", "#0072B2", "#D55E00", "#009E73")
+PLAIN = "megatron_core"
+
+
+def latest(lines: list[Line], metric: str) -> list[Line]:
+    """Lines of ``metric``, of the last commit; a later line replaces one of the same work."""
+    commit = lines[-1]["commit"]
+    found: dict[str, Line] = {}
+    for line in lines:
+        if (line["commit"], line["metric"]) == (commit, metric):
+            found[f"{line['impl']} {sorted(line['shape'].items())}"] = line
+    return list(found.values())
+
+
+def steps(lines: list[Line]) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step by implementation and schedule."""
+    found: dict[str, dict[str, float]] = {}
+    for line in latest(lines, "step"):
+        if "schedule" in line["shape"]:
+            found.setdefault(line["impl"], {})[line["shape"]["schedule"]] = line["value"]
+    return found
+
+
+def bandwidths(lines: list[Line]) -> dict[str, dict[int, float]]:
+    """GB/s per direction by implementation and directions, and C."""
+    found: dict[str, dict[int, float]] = {}
+    for line in latest(lines, "p2p_bandwidth"):
+        name = f"{line['impl']}, {'one way' if line['shape']['directions'] == 1 else 'both ways'}"
+        found.setdefault(name, {})[line["shape"]["C"]] = line["value"]
+    return found
+
+
+def scaling(lines: list[Line]) -> dict[int, float]:
+    """Tokens per second by data-parallel ranks."""
+    return {
+        line["shape"]["data"]: line["value"]
+        for line in latest(lines, "throughput")
+        if "data" in line["shape"]
+    }
+
+
+def draw(lines: list[Line]) -> Figure:
+    """The panels for which there are figures, side by side."""
+    panels: list[Callable[[Axes, list[Line]], None]] = [
+        panel
+        for panel, figures in (
+            (_draw_steps, steps(lines)),
+            (_draw_bandwidths, bandwidths(lines)),
+            (_draw_scaling, scaling(lines)),
+        )
+        if figures
+    ]
+    figure = Figure(figsize=(5.0 * len(panels), 4.0), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes, lines)
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{lines[-1]['gpu']}, bf16")
+    return figure
+
+
+def _draw_steps(axes: Axes, lines: list[Line]) -> None:
+    found = steps(lines)
+    schedules = list(dict.fromkeys(name for times in found.values() for name in times))
+    width = 0.8 / len(found)
+    for index, ((name, times), colour) in enumerate(zip(found.items(), COLOURS, strict=False)):
+        places = [schedules.index(s) + (index - (len(found) - 1) / 2) * width for s in times]
+        bars = axes.bar(places, list(times.values()), width * 0.95, color=colour, label=name)
+        axes.bar_label(bars, [_over_plain(found, name, s) for s in times], fontsize=7)
+    shape = latest(lines, "step")[0]["shape"]
+    axes.set_xticks(range(len(schedules)), schedules)
+    axes.set(
+        ylabel="step, ms (over the plain residual)",
+        title=f"PP={shape['ranks']}, C={shape['C']}, {shape['layers']} layers",
+    )
+
+
+def _over_plain(found: dict[str, dict[str, float]], name: str, schedule: str) -> str:
+    plain = found.get(PLAIN, {}).get(schedule)
+    if plain is None or name == PLAIN:
+        return ""
+    return f"{100 * (found[name][schedule] / plain - 1):+.1f} %"
+
+
+def _draw_bandwidths(axes: Axes, lines: list[Line]) -> None:
+    for (name, found), colour in zip(bandwidths(lines).items(), COLOURS, strict=False):
+        axes.plot(list(found), list(found.values()), "o-", color=colour, label=name)
+    shape = latest(lines, "p2p_bandwidth")[0]["shape"]
+    axes.set(
+        xlabel="C",
+        ylabel="GB/s in a direction",
+        title=f"messages of {shape['T']} tokens, {shape['n']}C channels",
+    )
+
+
+def _draw_scaling(axes: Axes, lines: list[Line]) -> None:
+    found = scaling(lines)
+    sizes = sorted(found)
+    axes.plot(sizes, [found[size] for size in sizes], "o-", color=COLOURS[1], label="measured")
+    linear = [found[sizes[0]] * size / sizes[0] for size in sizes]
+    axes.plot(sizes, linear, color=COLOURS[0], linewidth=0.9, dashes=(1, 1.5), label="linear")
+    axes.set(xlabel="data-parallel GPUs", ylabel="tokens/s", title="weak scaling, mHC")
+    axes.set_xticks(sizes)
+
+
+if __name__ == "__main__":
+    matplotlib.rcParams.update({"svg.hashsalt": "multigpu", "svg.fonttype": "none"})
+    draw(read(Path(sys.argv[1]))).savefig(sys.argv[2], metadata={"Date": None})

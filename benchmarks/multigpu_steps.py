@@ -1,0 +1,285 @@
+"""Step times under pipeline schedules, and weak scaling: the package's trainer on several GPUs.
+
+Shape of the mHC paper's 3B model (C, sequence, heads); a dense FFN as wide as its active experts,
+(6 + 2) x 896, stands for the mixture of experts, and a vocabulary of bytes for 129280 entries.
+Without Transformer Engine attention is megatron-core's unfused one, whose time both variants share,
+so that the ratio to the plain residual looks better than with a fused one: the difference does not.
+"""
+
+import gc
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import Ranks
+
+from mhc_megatron.config import Backend, MHCConfig
+from mhc_megatron.launch.environment import World
+from mhc_megatron.pipeline.measure import Spans, costs_of, timeline_of
+from mhc_megatron.pipeline.simulate import simulate
+from mhc_megatron.pipeline.stopwatch import stopwatch
+from mhc_megatron.training.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from mhc_megatron.training.model import DTYPES
+from mhc_megatron.training.pipeline import pipeline_schedule
+from mhc_megatron.training.runtime import distributed_runtime
+from mhc_megatron.training.trainer import Trainer
+
+WARM_UP, TIMED = 2, 4  # steps; one more is measured action by action
+SECONDS = 75.0  # of a schedule with all variants; the first compiles the kernels
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "1f1b": {"schedule": "megatron"},
+    "interleaved": {"schedule": "megatron", "virtual": 2},
+    "one_f_one_b": {"schedule": "one_f_one_b"},
+    "zb_h1": {"schedule": "zb_h1"},
+    "dualpipe_v": {"schedule": "dualpipe_v"},
+}
+# name: (residual, recompute of the streams). The first is what the others are compared with.
+VARIANTS: dict[str, tuple[Any, Any]] = {
+    "plain": ("plain", "none"),
+    "mhc": ("mhc", "none"),
+    "mhc_recompute": ("mhc", "auto"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of the model that is timed."""
+
+    hidden: int = 1280
+    heads: int = 16
+    ffn: int = 7168
+    seq: int = 4096
+    backend: Backend = "triton"
+    out: Path = Path()  # where the trainer prepares its data
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """What a rank measured.
+
+    Attributes:
+        seconds: of every timed step.
+        receiving: seconds inside receives in the measured step, under Megatron's own schedules.
+        spans: of all ranks' actions in the measured step, under a schedule of ours.
+        peak_bytes: allocated at most; 0 without a GPU.
+    """
+
+    seconds: list[float]
+    receiving: float
+    spans: list[Spans]
+    peak_bytes: int
+
+
+def time_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Timed]:
+    """A job: steps of several runs that have one layout."""
+    found = []
+    world = World(rank=rank, local_rank=rank, world_size=world_size)
+    with distributed_runtime(configs[0], world):
+        for config in configs:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            found.append(_time(config))
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found
+
+
+def _time(config: TrainConfig) -> Timed:
+    trainer = Trainer(config)
+    metrics = [trainer.step(step) for step in range(config.steps - 1)]
+    timers = Timers()
+    trainer.megatron_config.timers = timers
+    last = trainer.step(config.steps - 1)
+    on_gpu = torch.cuda.is_available()
+    return Timed(
+        seconds=[step.seconds for step in metrics[WARM_UP:]],
+        receiving=timers.receiving(),
+        spans=last.spans,
+        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+    )
+
+
+class Timers:
+    """What Megatron's schedules call as ``config.timers``: a stopwatch for each of its names."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Timer] = {}
+
+    def __call__(self, name: str, log_level: int | None = None) -> "Timer":
+        return self._by_name.setdefault(name, Timer())
+
+    def receiving(self) -> float:
+        """Seconds between start and end of what receives."""
+        return sum(
+            end - start
+            for name, timer in self._by_name.items()
+            if "recv" in name
+            for start, end in timer.watch.spans()
+        )
+
+
+class Timer:
+    """One of Megatron's timers."""
+
+    def __init__(self) -> None:
+        self.watch = stopwatch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def start(self, barrier: bool = False) -> None:
+        """Megatron's; the barrier would become part of what is measured."""
+        self.watch.start()
+
+    def stop(self) -> None:
+        """Megatron's."""
+        self.watch.stop()
+
+
+def step_config(
+    size: Size, num_ranks: int, schedule: str, variant: str, *, num_layers: int | None
+) -> TrainConfig:
+    """A run of one schedule and variant on ``num_ranks`` pipeline ranks, bf16."""
+    residual, recompute = VARIANTS[variant]
+    layers = num_layers or (12 if num_ranks == 2 else 16)
+    return _config(
+        size,
+        ParallelConfig(pipeline=num_ranks, distributed_optimizer=True, **SCHEDULES[schedule]),
+        MHCConfig(backend=size.backend, recompute=recompute),
+        residual=residual,
+        num_layers=layers,
+        num_mb=4 * num_ranks,
+    )
+
+
+def _config(
+    size: Size,
+    layout: ParallelConfig,
+    mhc: MHCConfig,
+    *,
+    residual: Any,
+    num_layers: int,
+    num_mb: int,
+) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(
+            residual=residual,
+            num_layers=num_layers,
+            hidden_size=size.hidden,
+            num_attention_heads=size.heads,
+            ffn_hidden_size=size.ffn,
+            seq_length=size.seq,
+        ),
+        mhc=mhc,
+        parallel=layout,
+        optimizer=OptimizerConfig(warmup_steps=0),
+        steps=WARM_UP + TIMED + 1,
+        micro_batch_size=1,
+        global_batch_size=num_mb * layout.data,
+        eval_iters=1,
+        dtype="bf16",
+        timeout_minutes=SECONDS / 60,
+        out=str(size.out / "run"),
+    )
+
+
+def step_lines(
+    ranks: Ranks, size: Size, schedule: str, *, num_layers: int | None
+) -> Iterator[dict[str, Any]]:
+    """Result lines of a schedule, all variants, without provenance."""
+    configs = [
+        step_config(size, ranks.num_ranks, schedule, variant, num_layers=num_layers)
+        for variant in VARIANTS
+    ]
+    by_rank = ranks.run(time_steps, ranks.num_ranks, configs, seconds=SECONDS)
+    baseline: dict[str, float] = {}
+    for index, variant in enumerate(VARIANTS):
+        config = configs[index]
+        timed = [rank[index] for rank in by_rank]
+        for metric, value, unit, more in _figures(config, timed):
+            line = {
+                "impl": "megatron_core" if variant == "plain" else f"mhc_megatron.{variant}",
+                "shape": {**_shape(config), "schedule": schedule},
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                **more,
+            }
+            if variant == "plain":
+                baseline[metric] = value
+            else:
+                line["baseline"] = baseline[metric]
+                line["ratio_to_baseline"] = round(value / baseline[metric], 4)
+            yield line
+
+
+def _figures(
+    config: TrainConfig, timed: list[Timed]
+) -> Iterator[tuple[str, float, str, dict[str, Any]]]:
+    """(metric, value, unit, other keys)."""
+    # A step ends when its last rank does.
+    steps = [1e3 * max(step) for step in zip(*(rank.seconds for rank in timed), strict=True)]
+    step = statistics.median(steps)
+    tokens = config.global_batch_size * config.model.seq_length
+    yield "step", step, "ms", {"spread": [min(steps), max(steps)]}
+    yield "throughput", tokens / step * 1e3, "tokens/s", {}
+    if timed[0].peak_bytes:
+        yield "peak_memory", max(rank.peak_bytes for rank in timed), "bytes", {}
+    if not timed[0].spans:
+        if config.parallel.pipeline > 1:
+            waits = [1e3 * rank.receiving for rank in timed]
+            yield "receive_wait", statistics.mean(waits), "ms", {"spread": [min(waits), max(waits)]}
+        return
+    timeline = timeline_of(pipeline_schedule(config), timed[0].spans)
+    foretold = simulate(timeline.schedule, costs_of(timeline))
+    waits = timeline.bubble
+    # On paper the same actions take the same times, and messages take none.
+    more = {"spread": [min(waits), max(waits)], "exposed": timeline.makespan - foretold.makespan}
+    yield "receive_wait", statistics.mean(waits), "ms", more
+    yield "bubble", timeline.bubble_fraction, "1", {"simulated": foretold.bubble_fraction}
+    yield "stage", max(timeline.busy) / config.num_micro_batches, "ms", {}
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    model = config.model
+    return {
+        "T": config.micro_batch_size * model.seq_length,
+        "C": model.hidden_size,
+        "n": config.mhc.num_streams if model.residual == "mhc" else 1,
+        "layers": model.num_layers,
+        "heads": model.num_attention_heads,
+        "ffn": model.ffn_hidden_size,
+        "micro_batches": config.num_micro_batches,
+        "ranks": config.parallel.world_size,
+        "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
+    }
+
+
+def scaling_lines(ranks: Ranks, size: Size, *, num_layers: int) -> Iterator[dict[str, Any]]:
+    """Result lines of data parallelism over 1, 2, 4, ... ranks with equal work on each."""
+    one = 0.0
+    for data in (1, 2, 4, 8):
+        if data > ranks.num_ranks:
+            return
+        config = _config(
+            size,
+            ParallelConfig(data=data, distributed_optimizer=True),
+            MHCConfig(backend=size.backend),
+            residual="mhc",
+            num_layers=num_layers,
+            num_mb=4,
+        )
+        by_rank = ranks.run(time_steps, data, [config], seconds=SECONDS)
+        for metric, value, unit, more in _figures(config, [rank[0] for rank in by_rank]):
+            line = {
+                "impl": "mhc_megatron.mhc",
+                "shape": {**_shape(config), "data": data},
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                **more,
+            }
+            if metric == "throughput":
+                one = one or value
+                line["ratio_to_linear"] = round(value / (data * one), 4)
+            yield line

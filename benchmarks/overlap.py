@@ -1,0 +1,423 @@
+"""A forward and a backward of one pipeline stage: one after the other, and interleaved on lanes.
+
+    python benchmarks/overlap.py --results benchmarks/results/h100 --pictures out
+    python benchmarks/overlap.py --results out --models tiny --repetitions 2
+
+The stage is that of ``te_blocks.py``, with recompute ``auto``. For each overlap mode: the time of
+the pair, whether its gradients have the bits of mode ``none``, and the planner's prediction. That
+comes from the phases' times, measured one after the other on a single lane. On a GPU a profile then
+says how much of the work on the priority lane is hidden, and is drawn into ``--pictures``.
+
+One GPU has nobody to exchange tokens with. An exchange is a copy of them and a wait, as long as
+they would take at ``--gigabytes-per-second``, on the communication lane.
+Appends to ``<results>/overlap.jsonl`` (format: benchmarks/README.md) as it goes. Exit status 1 if
+bits differ.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from alone import one_process
+from overlap_trace import hidden_lines
+from provenance import provenance
+from ranks import layouts
+from te_blocks import SIZES, STREAMS, Size, Stage, megatron_config
+from torch import Tensor
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.megatron.chain import chain_of
+from mhc_megatron.megatron.chunk_phases import mark_phases
+from mhc_megatron.megatron.delayed_wgrad import QueuedWeightGrads, delay_weight_gradients
+from mhc_megatron.megatron.overlap import LaneOverlap, PhasedStage
+from mhc_megatron.megatron.phases import Lanes
+from mhc_megatron.pipeline.interleave import PhaseCost, interleave, serial, simulate_lanes
+from mhc_megatron.pipeline.phases import Lane, OverlapMode, Phase, Plan, Step
+from mhc_megatron.pipeline.stage import AutogradStage
+from mhc_megatron.pipeline.turns import Thread, Turns
+from mhc_megatron.recompute import ForwardRecompute
+
+MODES: tuple[OverlapMode, ...] = get_args(OverlapMode)
+# For a try without a GPU.
+TINY = {
+    size.name: size
+    for size in (
+        Size(name="tiny", channels=64, heads=2, ffn=64, experts=8, blocks=2, tokens=16),
+        Size(name="tiny-dense", channels=64, heads=8, ffn=64, blocks=2, tokens=16),
+    )
+}
+WARM_UP = 2
+LEAST_WEIGHTS = 0.01  # ms; weight gradients that take less are no step of a plan
+
+Clock = Callable[[], Any]
+
+
+class OneLane(Lanes):
+    """All lanes are the compute lane, so that a phase's time is its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._streams = dict.fromkeys(self._streams, self.compute)
+
+
+class TimedTurns(Turns):
+    """Turns that note when each step begins."""
+
+    def __init__(self, plan: Plan, log: list[tuple[Step, Any]], clock: Clock) -> None:
+        super().__init__(plan)
+        self._log, self._clock = log, clock
+
+    def next(self, thread: Thread) -> Step:
+        """As in ``Turns``."""
+        step = super().next(thread)
+        self._log.append((step, self._clock()))
+        return step
+
+
+class _Exchange(torch.autograd.Function):
+    """A copy, then a wait on the same lane; in the backward too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, wait: Callable[[Tensor], None]) -> Tensor:
+        ctx.wait = wait
+        wait(tensor)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.wait(grad)
+        return grad.clone(), None
+
+
+def exchange_of(gigabytes_per_second: float, device: torch.device) -> Callable[[Tensor], None]:
+    """What waits as long as a tensor's exchange takes."""
+    if device.type != "cuda":
+        return lambda tensor: time.sleep(tensor.nbytes / gigabytes_per_second / 1e9)
+    cycles = 10_000_000
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for event in (start, end):  # the first one loads the kernel
+        torch.cuda._sleep(cycles)
+        event.record()
+    end.synchronize()
+    per_second = cycles / start.elapsed_time(end) * 1e3
+    return lambda tensor: torch.cuda._sleep(
+        int(tensor.nbytes / gigabytes_per_second / 1e9 * per_second)
+    )
+
+
+def let_exchange(chunk: torch.nn.Module, wait: Callable[[Tensor], None]) -> None:
+    """Each dispatch and combine of a chunk's tokens, which have nowhere to go, takes its time."""
+    chain = chain_of(chunk)
+    assert chain is not None
+    for layer in chain.layers:
+        if not layer.is_moe_layer:
+            continue
+        dispatcher: Any = layer.mlp.token_dispatcher
+        dispatch, combine = dispatcher.token_dispatch, dispatcher.token_combine
+
+        def slow_dispatch(tokens: Tensor, probs: Tensor, dispatch: Any = dispatch) -> Any:
+            tokens, probs = dispatch(tokens, probs)
+            return _Exchange.apply(tokens, wait), probs
+
+        def slow_combine(tokens: Tensor, *rest: Any, combine: Any = combine, **named: Any) -> Any:
+            return _Exchange.apply(combine(tokens, *rest, **named), wait)
+
+        dispatcher.token_dispatch, dispatcher.token_combine = slow_dispatch, slow_combine
+
+
+class Pair:
+    """Forwards and backwards of a stage under one mode.
+
+    Args:
+        stage: with hyper-connections that recompute.
+        mode: of the overlap.
+        lanes: of its phases.
+        planner, turns: as for ``LaneOverlap``.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        mode: OverlapMode,
+        lanes: Lanes,
+        planner: Callable[..., Plan] = interleave,
+        turns: Callable[[Plan], Turns] = Turns,
+    ) -> None:
+        self._chunk: Any = stage.chunk
+        self._data = stage
+        chain = chain_of(stage.chunk)
+        assert chain is not None and chain.recompute is not None
+        self._chain, self._recompute = chain, chain.recompute
+        self._dropped: dict[int, ForwardRecompute] = {}
+        queued = QueuedWeightGrads(stage.chunk)
+        options: dict[str, Any] = {"queued": queued.take if queued else None, "name": mode}
+        self.phases: tuple[Phase, ...] = ()
+        chain.marker = self._marker = None
+        self._stage: AutogradStage = AutogradStage(self._forward, **options)
+        if mode != "none":
+            mark_phases(stage.chunk, lanes, mode, ends_model=False)
+            self._marker = chain.marker
+            assert self._marker is not None
+            self.phases = self._marker.phases
+            ahead = self._marker.rebuilds_ahead
+            options["take_dropped"] = self._dropped.pop if ahead else None
+            self._stage = PhasedStage(self._forward, self._marker, **options)
+        self._overlap = LaneOverlap(lanes, planner, turns)
+
+    def first_forward(self) -> None:
+        """Of micro-batch 0."""
+        self._chain.marker = self._marker
+        self._stage.forward(0, self._input())
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Micro-batch 1's forward with 0's backward: the output and the input's gradient."""
+        forward = (self._stage, 1, self._input())
+        if self._marker is None:
+            output = self._stage.forward(*forward[1:])
+            gradient = self._stage.backward(0, self._data.grad, defer_weights=False)
+        else:
+            outputs: list[Tensor] = []
+            gradients: list[Tensor | None] = []
+            backward = (self._stage, 0, self._data.grad)
+            self._overlap(forward, backward, outputs.append, gradients.append)
+            [output], [gradient] = outputs, gradients
+        assert gradient is not None
+        return output, gradient
+
+    def last_backward(self) -> None:
+        """Of micro-batch 1."""
+        self._stage.backward(1, self._data.grad, defer_weights=False)
+        self._dropped.clear()
+
+    def _input(self) -> Tensor:
+        return self._data.x.detach().clone()
+
+    def _forward(self, mb: int, x: Tensor | None) -> Tensor:
+        if self._marker is not None:
+            self._marker.start()
+        self._chunk.set_input_tensor(x)
+        output: Tensor = self._chunk(None, self._data.positions, None)
+        if self._marker is not None:
+            if self._marker.rebuilds_ahead:
+                self._dropped[mb] = self._recompute.take()
+            self._marker.end(output)
+        return output
+
+
+def bits_of(stage: Stage, pair: Pair) -> list[Tensor]:
+    """Output, input's gradient and all parameters' gradients of a pair and what follows it."""
+    stage.forget()
+    pair.first_forward()
+    found = [tensor.clone() for tensor in pair.step()]
+    pair.last_backward()
+    gradients = [parameter.grad for parameter in stage.chunk.parameters()]
+    return found + [gradient.clone() for gradient in gradients if gradient is not None]
+
+
+def clock_of(device: torch.device) -> tuple[Clock, Callable[[Any, Any], float]]:
+    """What marks a moment on the current stream, and the milliseconds between two of them."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda start, end: 1e3 * (end - start)
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return mark, between
+
+
+def time_of(stage: Stage, pair: Pair, device: torch.device) -> float:
+    """Milliseconds of one step of a pair."""
+    clock, between = clock_of(device)
+    stage.forget()
+    pair.first_forward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    pair.step()
+    end = clock()
+    pair.last_backward()
+    return between(start, end)
+
+
+def phase_costs(
+    stage: Stage, mode: OverlapMode, device: torch.device, repetitions: int
+) -> dict[str, PhaseCost]:
+    """Milliseconds of the phases by name, one after the other on one lane."""
+    clock, between = clock_of(device)
+    times: dict[tuple[str, str], list[float]] = {}
+
+    def planner(forward: Sequence[Phase], backward: Sequence[Phase], *, rebuild: bool) -> Plan:
+        return tuple(s for s in serial(forward, backward) if rebuild or s.op != "R")
+
+    log: list[tuple[Step, Any]] = []
+    watched = functools.partial(TimedTurns, log=log, clock=clock)
+    pair = Pair(stage, mode, OneLane(device), planner, watched)
+    for repetition in range(repetitions + WARM_UP):
+        log.clear()
+        stage.forget()
+        pair.first_forward()
+        pair.step()
+        end = clock()
+        pair.last_backward()
+        if repetition < WARM_UP:
+            continue
+        moments = [moment for _, moment in log] + [end]
+        for (step, start), after in zip(log, moments[1:], strict=True):
+            key = pair.phases[step.phase].name, step.op
+            times.setdefault(key, []).append(between(start, after))
+    names = {name for name, _ in times}
+
+    def of(name: str, op: str) -> float:
+        return statistics.mean(times[name, op]) if (name, op) in times else 0.0
+
+    return {
+        name: PhaseCost(
+            forward=of(name, "F"),
+            dgrad=of(name, "B"),
+            wgrad=weights if (weights := of(name, "W")) > LEAST_WEIGHTS else 0.0,
+            rebuild=of(name, "R"),
+        )
+        for name in sorted(names)
+    }
+
+
+def measure(
+    size: Size, device: torch.device, args: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The lines of one stage, without their provenance, each with a line of the table."""
+    config = megatron_config(size, None, engine=device.type == "cuda")
+    if device.type == "cuda":
+        delay_weight_gradients(config)
+    mhc = MHCConfig(num_streams=STREAMS, recompute="auto")
+    stage = Stage(size, config, mhc, None)
+    layouts.randomise([stage.chunk], seed=1)
+    wait = exchange_of(args.gigabytes_per_second, device)
+    let_exchange(stage.chunk, wait)
+    lanes = Lanes(device)
+    costs = {mode: phase_costs(stage, mode, device, args.repetitions) for mode in MODES[1:]}
+
+    pairs = {"none": Pair(stage, "none", lanes)} | {
+        mode: Pair(stage, mode, lanes, functools.partial(interleave, costs=given))
+        for mode, given in costs.items()
+    }
+    expected = bits_of(stage, pairs["none"])
+    times: dict[OverlapMode, list[float]] = {mode: [] for mode in MODES}
+    for repetition in range(args.repetitions + WARM_UP):
+        for mode, found in times.items():
+            milliseconds = time_of(stage, pairs[mode], device)
+            if repetition >= WARM_UP:
+                found.append(milliseconds)
+    shape = {
+        "model": size.name,
+        "blocks": size.blocks,
+        "T": size.tokens,
+        "C": size.channels,
+        "n": STREAMS,
+        "dtype": "bf16",
+        "gigabytes_per_second": args.gigabytes_per_second,
+    }
+    common = {
+        mode: {"benchmark": "overlap", "impl": f"mhc_megatron.{mode}", "shape": shape}
+        for mode in MODES
+    }
+    alone = statistics.median(times["none"])
+    for mode, found in times.items():
+        median = statistics.median(found)
+        bits = bits_of(stage, pairs[mode])
+        mismatches = sum(not torch.equal(a, b) for a, b in zip(bits, expected, strict=True))
+        line = {
+            **common[mode],
+            "metric": "pair",
+            "value": round(median, 3),
+            "spread": [round(min(found), 3), round(max(found), 3)],
+            "unit": "ms",
+            "serial": round(alone, 3),
+            "mismatches": mismatches,
+            "launch": "eager",
+        }
+        text = f"{size.name:<6}{mode:<10}{median:>10.3f} ms, {mismatches} mismatches"
+        if mode != "none":
+            phases, given = pairs[mode].phases, costs[mode]
+            plan = interleave(phases, phases, given, rebuild=mode in ("recompute", "all"))
+            spans = simulate_lanes(plan, phases, phases, given)
+            predicted = max(span.end for span in spans)
+            line |= {
+                "predicted": round(predicted, 3),
+                "priority": round(
+                    sum(span.end - span.start for span in spans if span.lane is Lane.PRIORITY), 3
+                ),
+            }
+            text += f", predicted {predicted:.3f} ({median / predicted:.2f} times)"
+        yield line, text
+    if device.type != "cuda":
+        return
+    for mode, current in pairs.items():
+        current.first_forward()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        ) as profiler:
+            current.step()
+            torch.cuda.synchronize()
+        current.last_backward()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            picture = args.pictures and args.pictures / f"overlap_{size.name}_{mode}.svg"
+            for found_line, text in hidden_lines(trace, picture):
+                yield {**common[mode], **found_line}, f"{size.name:<6}{mode:<10}{text}"
+
+
+def main() -> int:
+    """Measure and append; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, required=True, help="results folder")
+    parser.add_argument("--pictures", type=Path, help="folder for the profiles' pictures")
+    sizes = {**SIZES, **TINY}
+    parser.add_argument("--models", nargs="+", default=["27B"], choices=list(sizes))
+    parser.add_argument("--blocks", type=int, help="of the stage (default: the model's)")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument(
+        "--gigabytes-per-second",
+        type=float,
+        default=50.0,
+        help="of an exchange; 50 is what a port of 400 Gb/s carries (default: %(default)g)",
+    )
+    parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
+    args = parser.parse_args()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    source, mismatches = provenance(args.commit), 0
+    for folder in filter(None, (args.results, args.pictures)):
+        folder.mkdir(parents=True, exist_ok=True)
+    with one_process():
+        for name in args.models:
+            size = sizes[name]
+            if args.blocks is not None:
+                size = replace(size, blocks=args.blocks)
+            for line, text in measure(size, device, args):
+                mismatches += line.get("mismatches", 0)
+                with (args.results / "overlap.jsonl").open("a") as file:
+                    file.write(json.dumps({**line, **source}) + "\n")
+                print(text, flush=True)
+    return int(mismatches > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

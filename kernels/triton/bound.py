@@ -1,0 +1,196 @@
+"""The kernels bound to their constants, once for each set of sizes, dtype, options and tile.
+
+Sizes are n, C and M as everywhere; T is none of them, but for the number of partial sums of phi.
+"""
+
+from functools import cache
+
+import torch
+
+from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.triton import forward
+from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
+from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
+from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
+from mhc_megatron.kernels.triton.arguments import (
+    logit_rows,
+    padded,
+    parts_of,
+    precision_of,
+    vector_of,
+)
+from mhc_megatron.kernels.triton.compiled import Launch
+from mhc_megatron.kernels.triton.tiles import Tile
+
+# Numbers of phi per program of the kernels that only copy or add them.
+ELEMENTS = 1024
+
+
+def interleaves(n: int, dtype: torch.dtype) -> bool:
+    """Whether ``mix_fwd`` multiplies all streams of a chunk at once."""
+    return parts_of(dtype) == 2 and n in (1, 2, 4)
+
+
+@cache
+def split_weight(n: int, channels: int, num_logits: int, dtype: torch.dtype) -> Launch:
+    return Launch(
+        forward.split_weight,
+        SIZE=num_logits * n * channels,
+        C=channels,
+        N=n,
+        INTERLEAVED=interleaves(n, dtype),
+        BLOCK=ELEMENTS,
+        num_warps=4,
+    )
+
+
+@cache
+def post_fwd(n: int, channels: int, tile: Tile, has_bias: bool) -> Launch:
+    return Launch(
+        forward.post_fwd,
+        C=channels,
+        N=n,
+        HAS_BIAS=has_bias,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def mix_fwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    options: MappingOptions,
+    tile: Tile,
+    has_post: bool,
+    has_bias: bool,
+    single_pass: bool,
+    has_norm: bool,
+) -> Launch:
+    return Launch(
+        forward.mix_fwd,
+        C=channels,
+        N=n,
+        NP=padded(n, 2),
+        NN=padded(n * n, 2),
+        M=num_logits,
+        MP=logit_rows(num_logits, dtype),
+        PARTS=parts_of(dtype),
+        PROJECTION=options.projection,
+        ITERATIONS=options.iterations,
+        PRECISION=precision_of(dtype),
+        HAS_POST=has_post,
+        HAS_BIAS=has_bias,
+        SINGLE_PASS=single_pass,
+        HAS_NORM=has_norm,
+        INTERLEAVED=interleaves(n, dtype),
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def mix_bwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    options: MappingOptions,
+    tile: Tile,
+    single_pass: bool,
+    has_grad_packed: bool,
+    has_norm: bool,
+) -> Launch:
+    return Launch(
+        mix_backward_kernel.mix_bwd,
+        C=channels,
+        N=n,
+        NP=padded(n, 2),
+        NN=padded(n * n, 2),
+        M=num_logits,
+        PARTS=parts_of(dtype),
+        PROJECTION=options.projection,
+        ITERATIONS=options.iterations,
+        SINGLE_PASS=single_pass,
+        HAS_GRAD_PACKED=has_grad_packed,
+        HAS_NORM=has_norm,
+        BT=tile.tokens,
+        BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def streams_bwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    terms: int,
+    has_grad_y: bool,
+    has_pre: bool,
+    has_post: bool,
+    has_bias: bool,
+    single_pass: bool,
+) -> Launch:
+    return Launch(
+        streams_backward_kernel.streams_bwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        MP=padded(num_logits, 16),
+        TERMS=terms if parts_of(dtype) == 2 else 1,
+        PRECISION=precision_of(dtype),
+        HAS_GRAD_Y=has_grad_y,
+        HAS_PRE=has_pre,
+        HAS_POST=has_post,
+        HAS_BIAS=has_bias,
+        SINGLE_PASS=single_pass,
+        INTERLEAVED=interleaves(n, dtype),
+        BT=tile.tokens,
+        BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def weight_bwd(width: int, num_logits: int, dtype: torch.dtype, tile: Tile, split: int) -> Launch:
+    return Launch(
+        weight_backward_kernel.weight_bwd,
+        K=width,
+        M=num_logits,
+        MP=logit_rows(num_logits, dtype),
+        PARTS=parts_of(dtype),
+        PRECISION=precision_of(dtype),
+        SPLIT=split,
+        BT=tile.tokens,
+        BK=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def reduce_partials(n: int, width: int, num_logits: int, splits: int, accumulate: bool) -> Launch:
+    return Launch(
+        weight_backward_kernel.reduce_partials,
+        SIZE=num_logits * width,
+        SPLITS=splits,
+        N=n,
+        M=num_logits,
+        ROWS=padded(max(n, num_logits - 2 * n), 2),
+        BLOCK=ELEMENTS,
+        COLUMNS=256,
+        ACCUMULATE=accumulate,
+        num_warps=4,
+    )

@@ -1,0 +1,106 @@
+"""What a job asks of a cluster, and the checks of its fields that need none. Pure."""
+
+import re
+from dataclasses import dataclass, fields
+
+from mhc_megatron.errors import UserError
+from mhc_megatron.launch.slurm.placement import Placement
+from mhc_megatron.launch.slurm.variables import Variable
+
+# What an #SBATCH line can hold without quotes, whatever the shell.
+_PLAIN = re.compile(r"[A-Za-z0-9._+@%/:,=\[\]-]+")
+_TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """How one cluster is asked; None leaves a choice to it.
+
+    Attributes:
+        partition, account, qos: names of the cluster.
+        time: limit of the job, SLURM's format, such as ``24:00:00`` or ``2-00``.
+        cores: per rank.
+        gpus: ranks have a GPU each.
+        warning_seconds: before the limit, ranks are told to save and to be queued again.
+        requeue: the job is queued again after a preemption, a lost node or the limit.
+        exclude: names of nodes not to use.
+        modules: loaded before the run.
+        container: image for srun's pyxis plug-in; ``mounts``: what it sees, ``SRC:DST``.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    cores: int | None = None
+    gpus: bool = True
+    warning_seconds: int = 180
+    requeue: bool = True
+    exclude: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    container: str | None = None
+    mounts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    _require_plain(field.name, text)
+        if self.time is not None and not _TIME.fullmatch(self.time):
+            raise UserError(
+                f"--time={self.time!r} is not SLURM's days-hours:minutes:seconds; for example "
+                "24:00:00 or 2-00"
+            )
+        for name, least in (("cores", 1), ("warning_seconds", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')}={value} must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that the batch script is made of.
+
+    Attributes:
+        name: of the job.
+        site: how the cluster is asked.
+        placement: nodes and ranks.
+        variables: the environment of the ranks.
+        out: the run's folder, absolute; logs and the requeue request are in ``<out>/slurm``.
+        command: a rank's program and arguments.
+        preflight: a rank's program before that, which gets ``--out``; empty for none.
+        sweep: for each task of an array, arguments after ``command``; empty for one job.
+        sweep_outs: for each of these the run's folder.
+    """
+
+    name: str
+    site: Site
+    placement: Placement
+    variables: tuple[Variable, ...]
+    out: str
+    command: tuple[str, ...]
+    preflight: tuple[str, ...] = ()
+    sweep: tuple[tuple[str, ...], ...] = ()
+    sweep_outs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_plain("out", self.out)
+        _require_plain("name", self.name)
+        if not self.out.startswith("/"):
+            raise UserError(f"out={self.out!r} must be absolute: every node resolves it by itself")
+        for variable in self.variables:
+            if not _NAME.fullmatch(variable.name):
+                raise UserError(f"--env {variable.name!r} is not the name of a variable")
+            if "\n" in variable.value:
+                raise UserError(f"--env {variable.name}: a value of one line is needed")
+
+
+def _require_plain(name: str, text: str) -> None:
+    """Text for an #SBATCH line, which is split by rules of its own and not by the shell."""
+    if not _PLAIN.fullmatch(text) or text.startswith("-"):
+        raise UserError(
+            f"--{name.replace('_', '-')}={text!r}: only letters, digits and ._+@%/:,=[]- are "
+            "passed on to sbatch, and no - comes first; choose another name"
+        )

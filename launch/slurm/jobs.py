@@ -1,0 +1,85 @@
+"""``mhc-megatron status`` and ``mhc-megatron logs``: the jobs of a run."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from mhc_megatron.errors import UserError
+from mhc_megatron.launch.slurm import cluster
+from mhc_megatron.launch.slurm.submit import JOBS
+from mhc_megatron.report import heartbeat
+
+_POLL_SECONDS = 1.0
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mhc-megatron status``."""
+    parser.add_argument("out", type=Path, help="a run directory of mhc-megatron submit or train")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the run's jobs that wait or run, its last step, and what every rank does."""
+    submitted = (args.out / "slurm" / JOBS).is_file()
+    if submitted or not heartbeat.read_beats(args.out):
+        jobs = _jobs(args.out)
+        rows = cluster.queued(jobs)
+        for row in rows:
+            print(f"job {row.job}: {row.state.lower()}, {row.elapsed}, {row.nodes}")
+        if not rows:
+            print(f"no job of {args.out} waits or runs (queued so far: {', '.join(jobs)})")
+    for folder in [args.out, *sorted(args.out.glob("[0-9]*"))]:
+        line = _last_step(folder)
+        if line is not None:
+            print(
+                f"{folder}: step {line['step']}, loss {line['loss']:.4f}, {line['step_ms']:.0f} ms"
+            )
+        ranks = heartbeat.describe(folder, now=time.time())
+        if ranks:
+            print(ranks)
+    return 0
+
+
+def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mhc-megatron logs``."""
+    parser.add_argument("out", type=Path, help="a run directory of mhc-megatron submit")
+    parser.add_argument("--follow", action="store_true", help="wait for more until interrupted")
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Print the logs of the run's newest job; an array has one for each task."""
+    job = _jobs(args.out)[-1]
+    logs = sorted((args.out / "slurm").glob(f"{job}*.log"))
+    if not logs:
+        raise UserError(
+            f"job {job} has no log yet in {args.out / 'slurm'}; see mhc-megatron status"
+        )
+    read = dict.fromkeys(logs, 0)
+    while True:
+        for log in logs:
+            with log.open(errors="replace") as file:
+                file.seek(read[log])
+                print(file.read(), end="", flush=True)
+                read[log] = file.tell()
+        if not args.follow:
+            return 0
+        time.sleep(_POLL_SECONDS)
+
+
+def _jobs(out: Path) -> list[str]:
+    try:
+        return (out / "slurm" / JOBS).read_text().split()
+    except FileNotFoundError:
+        raise UserError(
+            f"{str(out)!r} has no {JOBS} of mhc-megatron submit; name the run directory that was "
+            "submitted"
+        ) from None
+
+
+def _last_step(folder: Path) -> dict | None:
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    return steps[-1] if steps else None

@@ -1,0 +1,140 @@
+"""What an Overlap of two stages comes to: its length, and what of each lane is exposed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mhc_megatron.pipeline.costs import StageCosts
+from mhc_megatron.pipeline.errors import ScheduleError
+from mhc_megatron.pipeline.interleave import (
+    ESTIMATED_COSTS,
+    PhaseCost,
+    Span,
+    interleave,
+    serial,
+    simulate_lanes,
+)
+from mhc_megatron.pipeline.intervals import intersection, length, union
+from mhc_megatron.pipeline.phases import Lane, Phase
+
+_FIELDS = tuple(PhaseCost.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneForecast:
+    """One lane during an Overlap.
+
+    Attributes:
+        busy: time in which it runs something.
+        exposed: of ``busy``, the time in which COMPUTE runs nothing; of COMPUTE itself all of it.
+    """
+
+    lane: Lane
+    busy: float
+    exposed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """An Overlap of the forward and the backward of stages that are alike.
+
+    Attributes:
+        spans: every step on its lane.
+        length: of the Overlap.
+        serial_length: of the forward, then the backward, on the same lanes.
+        forward, dgrad, wgrad, rebuild: sums of the phases.
+        lanes: in the order of ``Lane``.
+    """
+
+    spans: tuple[Span, ...]
+    length: float
+    serial_length: float
+    forward: float
+    dgrad: float
+    wgrad: float
+    rebuild: float
+    lanes: tuple[LaneForecast, ...]
+
+    def stage_costs(self) -> StageCosts:
+        """For ``simulate``, which adds the rebuild to every backward without an R."""
+        return StageCosts(
+            forward=self.forward,
+            dgrad=self.dgrad,
+            wgrad=self.wgrad,
+            recompute=self.rebuild,
+            overlap=max(self.length - self.rebuild, 0.0),
+        )
+
+
+def forecast(
+    phases: Sequence[Phase],
+    costs: Mapping[str, PhaseCost] = ESTIMATED_COSTS,
+    *,
+    rebuild: bool = False,
+) -> Forecast:
+    """An Overlap of two stages with these phases.
+
+    Args:
+        phases: of both, from ``stage_phases``.
+        costs: of the phases; lanes do not slow each other down.
+        rebuild: the plan runs rebuilds ahead, on the priority lane.
+
+    Raises:
+        ScheduleError: a phase without a cost.
+    """
+    plan = interleave(phases, phases, costs, rebuild=rebuild)
+    spans = simulate_lanes(plan, phases, phases, costs)
+    alone = simulate_lanes(serial(phases, phases), phases, phases, costs)
+    found = [costs[phase.name] for phase in phases]
+    blocks = [costs[phase.name].rebuild for phase in phases if phase.begins_block]
+    return Forecast(
+        spans=spans,
+        length=_length(spans),
+        serial_length=_length(alone),
+        forward=sum(cost.forward for cost in found),
+        dgrad=sum(cost.dgrad for cost in found),
+        wgrad=sum(cost.wgrad for cost in found),
+        rebuild=sum(blocks) if rebuild else 0.0,
+        lanes=tuple(_lane(spans, lane) for lane in Lane),
+    )
+
+
+def _length(spans: Sequence[Span]) -> float:
+    return max((span.end for span in spans), default=0.0)
+
+
+def _lane(spans: Sequence[Span], lane: Lane) -> LaneForecast:
+    own = _busy(spans, lane)
+    hidden = intersection(own, _busy(spans, Lane.COMPUTE)) if lane is not Lane.COMPUTE else []
+    return LaneForecast(lane, length(own), length(own) - length(hidden))
+
+
+def _busy(spans: Sequence[Span], lane: Lane) -> list[tuple[float, float]]:
+    return union((span.start, span.end) for span in spans if span.lane is lane)
+
+
+def phase_costs_from_json(text: str) -> dict[str, PhaseCost]:
+    """Read costs of phases: ``{"attention": {"forward": 2.1, "dgrad": 3.0, "wgrad": 1.2}, ...}``.
+
+    What is left out of a phase is 0; phases that are left out have no cost.
+
+    Raises:
+        ScheduleError: no JSON, no such phase or field, or not a number from 0 on.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ScheduleError(f"not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ScheduleError(f"{data!r} is not an object with phases as names")
+    result = {}
+    for name, given in data.items():
+        if name not in ESTIMATED_COSTS:
+            raise ScheduleError(f"unknown phase {name!r}; known: {', '.join(ESTIMATED_COSTS)}")
+        if not isinstance(given, dict) or not set(given) <= set(_FIELDS):
+            raise ScheduleError(f"{name}: {given!r} is not an object with {', '.join(_FIELDS)}")
+        for field, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ScheduleError(f"{name}.{field}={value!r} is not a number")
+        result[name] = PhaseCost(**{**dict.fromkeys(_FIELDS, 0.0), **given})
+    return result

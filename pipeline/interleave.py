@@ -1,0 +1,206 @@
+"""The planner of an Overlap: which phase is enqueued when, and what that comes to on each lane."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from mhc_megatron.pipeline.errors import ScheduleError
+from mhc_megatron.pipeline.phases import Lane, Phase, Plan, Step, check_plan
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """Times of one phase in any unit.
+
+    Attributes:
+        forward: of F.
+        dgrad: of B, the gradient of the phase's input.
+        wgrad: of W, the gradients of its weights; 0 where it has none worth a step of their own.
+        rebuild: of R, if a recompute block begins here.
+    """
+
+    forward: float = 1.0
+    dgrad: float = 1.0
+    wgrad: float = 0.0
+    rebuild: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not getattr(self, name) >= 0:
+                raise ScheduleError(f"{name}={getattr(self, name)} must be at least 0")
+
+
+# Proportions only, for an order that hides exchanges behind products and products' weight gradients
+# in what is left. They decide the order of a run, which has to be the same on all ranks.
+ESTIMATED_COSTS: Mapping[str, PhaseCost] = MappingProxyType(
+    {
+        "enter": PhaseCost(1, 1, 1),
+        "attention": PhaseCost(6, 9, 4),
+        "attention_post": PhaseCost(1, 2, rebuild=1),
+        "mlp": PhaseCost(6, 6, 6),
+        "router": PhaseCost(1, 1, 0),
+        "dispatch": PhaseCost(4, 4),
+        "experts": PhaseCost(6, 6, 6),
+        "combine": PhaseCost(4, 4),
+        "unpermute": PhaseCost(1, 1),
+        "mlp_post": PhaseCost(1, 2, rebuild=1),
+        "leave": PhaseCost(4, 4, 4),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A step on its lane."""
+
+    step: Step
+    phase: Phase
+    lane: Lane
+    start: float
+    end: float
+
+
+class _Lanes:
+    """Steps that are enqueued so far, and when they run."""
+
+    def __init__(
+        self,
+        forward: Sequence[Phase],
+        backward: Sequence[Phase],
+        costs: Mapping[str, PhaseCost],
+    ) -> None:
+        self._rows = {"F": forward, "B": backward, "W": backward, "R": backward}
+        self._costs = costs
+        self._free = dict.fromkeys(Lane, 0.0)
+        self._chain = {"F": 0.0, "B": 0.0}
+        self._ends: dict[Step, float] = {}
+        self.spans: list[Span] = []
+
+    def cost(self, step: Step) -> float:
+        name = self._rows[step.op][step.phase].name
+        if name not in self._costs:
+            raise ScheduleError(
+                f"no cost for the phase {name!r}; known: {', '.join(sorted(self._costs))}"
+            )
+        cost = self._costs[name]
+        return {"F": cost.forward, "B": cost.dgrad, "W": cost.wgrad, "R": cost.rebuild}[step.op]
+
+    def lane(self, step: Step) -> Lane:
+        if step.op == "R":
+            return Lane.PRIORITY
+        return Lane.COMPUTE if step.op == "W" else self._rows[step.op][step.phase].lane
+
+    def start(self, step: Step) -> float:
+        """When the step would run, if it were enqueued now."""
+        ready = 0.0
+        if step.op in self._chain:
+            ready = self._chain[step.op]
+        if step.op == "W":
+            ready = self._ends[Step("B", step.phase)]
+        if step.op == "B":
+            ready = max(ready, self._ends.get(Step("R", step.phase), 0.0))
+        return max(self._free[self.lane(step)], ready)
+
+    def enqueue(self, step: Step) -> None:
+        start = self.start(step)
+        end = start + self.cost(step)
+        lane = self.lane(step)
+        self._free[lane] = self._ends[step] = end
+        if step.op in self._chain:
+            self._chain[step.op] = end
+        self.spans.append(Span(step, self._rows[step.op][step.phase], lane, start, end))
+
+
+def interleave(
+    forward: Sequence[Phase],
+    backward: Sequence[Phase],
+    costs: Mapping[str, PhaseCost] = ESTIMATED_COSTS,
+    *,
+    rebuild: bool = False,
+) -> Plan:
+    """The plan of a forward and a backward, made by a rule that needs no search.
+
+    Next is what can start first; of two that start together the shorter, since exchanges follow
+    the short phases, then the one with more to do after it.
+    Weight gradients come where nothing else can start so early, and at the end. A block is rebuilt
+    while the one before it runs backward.
+
+    Args:
+        forward, backward: as for ``check_plan``.
+        costs: by the phases' names. The same on all ranks that exchange tokens.
+        rebuild: plan the rebuilds of recompute blocks; else the backward does them as it goes.
+
+    Raises:
+        ScheduleError: a phase without a cost.
+    """
+    lanes = _Lanes(forward, backward, costs)
+    plan: list[Step] = []
+    rows = {
+        "F": [Step("F", place) for place in range(len(forward))],
+        "B": [Step("B", place) for place in reversed(range(len(backward)))],
+    }
+    entries = [step.phase for step in rows["B"] if backward[step.phase].begins_block]
+    rebuilds = [Step("R", place) for place in entries] if rebuild else []
+    left = {op: sum(map(lanes.cost, row)) for op, row in rows.items()}
+    weights: list[Step] = []
+
+    def enqueue(step: Step) -> None:
+        lanes.enqueue(step)
+        plan.append(step)
+
+    if rebuilds:
+        enqueue(rebuilds.pop(0))
+    while rows["F"] or rows["B"]:
+        heads = [row[0] for row in rows.values() if row]
+        step = min(heads, key=lambda head: (lanes.start(head), lanes.cost(head), -left[head.op]))
+        if weights and lanes.start(weights[0]) < lanes.start(step):
+            enqueue(weights.pop(0))
+            continue
+        enqueue(step)
+        rows[step.op].pop(0)
+        left[step.op] -= lanes.cost(step)
+        if step.op == "B":
+            if lanes.cost(Step("W", step.phase)) > 0:
+                weights.append(Step("W", step.phase))
+            if rebuilds and backward[step.phase].begins_block:
+                enqueue(rebuilds.pop(0))
+    for step in weights:
+        enqueue(step)
+    result = tuple(plan)
+    check_plan(result, forward, backward)
+    return result
+
+
+def simulate_lanes(
+    plan: Plan,
+    forward: Sequence[Phase],
+    backward: Sequence[Phase],
+    costs: Mapping[str, PhaseCost] = ESTIMATED_COSTS,
+) -> tuple[Span, ...]:
+    """When every step of a plan runs, if lanes do not slow each other down.
+
+    Args:
+        plan, forward, backward: as for ``check_plan``.
+        costs: as for ``interleave``.
+
+    Returns:
+        Spans in the order of the plan.
+
+    Raises:
+        ScheduleError: the plan is not valid, or a phase has no cost.
+    """
+    check_plan(plan, forward, backward)
+    lanes = _Lanes(forward, backward, costs)
+    for step in plan:
+        lanes.enqueue(step)
+    return tuple(lanes.spans)
+
+
+def serial(forward: Sequence[Phase], backward: Sequence[Phase]) -> Plan:
+    """The forward, then the backward: what every plan is compared with."""
+    steps = [Step("F", place) for place in range(len(forward))]
+    for place in reversed(range(len(backward))):
+        if backward[place].begins_block:
+            steps.append(Step("R", place))
+        steps += [Step("B", place), Step("W", place)]
+    return tuple(steps)

@@ -1,0 +1,254 @@
+"""Jobs for SLURM: where ranks go, the script to the letter, and what is refused before sbatch."""
+
+import subprocess
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mhc_megatron.errors import UserError
+from mhc_megatron.launch.cli import main
+from mhc_megatron.launch.slurm import cluster, submit
+from mhc_megatron.launch.slurm.job import Job, Site
+from mhc_megatron.launch.slurm.placement import grid, place
+from mhc_megatron.launch.slurm.script import render_sbatch
+from mhc_megatron.launch.slurm.variables import variables
+from mhc_megatron.training.layout import ParallelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+HOSTILE = "$(touch /tmp/never) `id` \"two words\" 'x' \\ ; rm"
+
+
+def job_of(*words: str) -> Job:
+    parser = ArgumentParser()
+    submit.add_arguments(parser)
+    return submit.make_job(
+        parser.parse_args(["--recipe", "gpt-100m", "--python", "/opt/python", *words])
+    )
+
+
+def test_tensor_parallel_groups_share_a_node_and_stages_are_apart() -> None:
+    layout = ParallelConfig(tensor=4, pipeline=2, data=2)
+    placement = place(layout, ranks_per_node=8)
+    assert (placement.num_nodes, placement.ranks_per_node) == (2, 8)
+    for stage, node in enumerate(placement.nodes):
+        assert {place.pipeline for place in node} == {stage}
+        assert [place.tensor for place in node] == [0, 1, 2, 3] * 2
+    assert grid(placement).splitlines() == [
+        "rank, t tensor, d data, p pipeline",
+        "node 0 | 0 t0 d0 p0  | 1 t1 d0 p0  | 2 t2 d0 p0  | 3 t3 d0 p0  | "
+        "4 t0 d1 p0  | 5 t1 d1 p0  | 6 t2 d1 p0  | 7 t3 d1 p0 ",
+        "node 1 | 8 t0 d0 p1  | 9 t1 d0 p1  | 10 t2 d0 p1 | 11 t3 d0 p1 | "
+        "12 t0 d1 p1 | 13 t1 d1 p1 | 14 t2 d1 p1 | 15 t3 d1 p1",
+    ]
+
+
+def test_copies_of_a_stage_are_replicas() -> None:
+    """As Megatron sees bidirectional DualPipe: half of the pipeline, twice the data parallelism."""
+    [node] = place(ParallelConfig(pipeline=4, schedule="dualpipe"), ranks_per_node=8).nodes
+    assert [(place.pipeline, place.data) for place in node] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks_per_node", "message"),
+    [
+        (
+            ParallelConfig(pipeline=12),
+            8,
+            "parallel.pipeline=12 = 12 ranks do not fill nodes of 8; change the layout to a "
+            "multiple of 8, or --ranks-per-node",
+        ),
+        (
+            ParallelConfig(tensor=8, pipeline=2),
+            4,
+            "parallel.tensor=8 does not divide the 4 ranks of a node, so that tensor-parallel "
+            "groups would cross nodes; change it, or pass --allow tensor-across-nodes",
+        ),
+        (ParallelConfig(), 0, "--ranks-per-node=0 must be at least 1"),
+    ],
+)
+def test_layouts_that_no_nodes_fit(
+    layout: ParallelConfig, ranks_per_node: int, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        place(layout, ranks_per_node=ranks_per_node)
+    assert str(caught.value) == message
+
+
+def test_a_group_may_cross_nodes_if_it_is_allowed() -> None:
+    layout = ParallelConfig(tensor=8, pipeline=2)
+    assert place(layout, ranks_per_node=4, tensor_across_nodes=True).num_nodes == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "two_nodes",
+            "--set parallel.tensor=2 parallel.data=8 global_batch_size=64 --out /runs/big "
+            "--partition h100 --account lab --qos high --time 1-12:00:00 --cores 12 "
+            "--exclude n[3-4] n7 --modules cuda/12.9 --container /images/mhc.sqsh "
+            "--mounts /data:/data --env NCCL_DEBUG=INFO",
+        ),
+        ("sweep_on_cpus", "--sweep seed=1,2 --out /runs/sweep --cpu --no-requeue --no-preflight"),
+    ],
+)
+def test_the_script_to_the_letter(name: str, words: str) -> None:
+    script = render_sbatch(job_of(*words.split()))
+    assert script == (GOLDEN / f"{name}.sbatch").read_text()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
+    """The shell of the script runs nothing that it is given."""
+    job = job_of(
+        "--set", f"data.tokenizer={HOSTILE}", "--env", f"SECRET={HOSTILE}", "--out", str(tmp_path),
+        "--no-preflight",
+    )  # fmt: skip
+    shown = tmp_path / "shown.py"
+    shown.write_text("import json, os, sys\nprint(json.dumps([sys.argv, os.environ['SECRET']]))\n")
+    script = render_sbatch(job).replace("/opt/python -m", f"{_python()} {shown} -m")
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "echo NodeAddr=here")):
+        (stubs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (stubs / name).chmod(0o755)
+    environment = {
+        "PATH": f"{stubs}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+    }
+    done = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, env=environment, check=True
+    )
+    assert HOSTILE in done.stdout.replace('\\"', '"').replace("\\\\", "\\")
+    assert f"data.tokenizer={HOSTILE}" in done.stdout.replace('\\"', '"').replace("\\\\", "\\")
+
+
+def _python() -> str:
+    import sys
+
+    return sys.executable
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "two words"], "--name='two words': only letters"),
+        (["--partition", "$(id)"], "--partition='$(id)': only letters"),
+        (["--account", "--wrap=id"], "--account='--wrap=id': only letters"),
+        (["--modules", "a;b"], "--modules='a;b': only letters"),
+        (["--out", "/runs/a b"], "--out='/runs/a b': only letters"),
+        (["--time", "tomorrow"], "--time='tomorrow' is not SLURM's"),
+        (["--cores", "0"], "--cores=0 must be at least 1"),
+        (["--env", "A B=1"], "--env 'A B' is not the name of a variable"),
+        (["--env", "A"], "--env 'A' is not NAME=VALUE"),
+        (["--env", "A=1\n#SBATCH --uid=0"], "--env A: a value of one line is needed"),
+        (["--sweep", "seed"], "--sweep 'seed' is not KEY=A,B"),
+        (["--sweep", "parallel.data=1,2"], "--sweep parallel.data=2 changes the layout"),
+        (["--sweep", "seeds=1,2"], "seeds"),
+        (["--set", "parallel.tensor=3"], "parallel.tensor=3"),
+    ],
+)
+def test_bad_jobs_are_refused(words: list[str], message: str) -> None:
+    # Joined: argparse would take --wrap=id for an option of its own.
+    joined = [words[0] + "=" + words[1]] if words[1].startswith("-") else words
+    with pytest.raises(UserError) as caught:
+        job_of(*joined)
+    assert message in str(caught.value)
+
+
+class Slurm:
+    """Answers of a cluster's commands."""
+
+    def __init__(self, *, enforce: str = "none", default: str = "*") -> None:
+        self.enforce, self.default = enforce, default
+        self.scripts: list[str] = []
+
+    def __call__(self, command: Sequence[str], text: str | None) -> str:
+        if command[0] == "sinfo":
+            return f"debug{self.default}|2\nh100|16\nh100|4\n"
+        if command[0] == "scontrol":
+            return f"AccountingStorageEnforce = {self.enforce}\n"
+        if command[0] == "squeue":
+            return "42|RUNNING|1:02|n1\n43|PENDING|0:00|(Priority)\n"
+        assert text is not None
+        self.scripts.append(text)
+        return "42;cluster\n"
+
+
+@pytest.mark.parametrize(
+    ("slurm", "words", "message"),
+    [
+        (
+            Slurm(),
+            ["--partition", "a100"],
+            "--partition='a100' does not exist on this cluster; it has debug, h100",
+        ),
+        (Slurm(default=""), [], "the cluster has no default partition; pass --partition, one of"),
+        (
+            Slurm(),
+            ["--set", "parallel.data=32", "global_batch_size=256"],
+            "the layout needs 4 nodes, and partition 'debug' has 2",
+        ),
+        (Slurm(enforce="associations,limits"), [], "pass --account"),
+    ],
+)
+def test_the_cluster_is_asked_first(slurm: Slurm, words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cluster.check(job_of(*words), slurm)
+    assert message in str(caught.value)
+
+
+def test_jobs_that_fit_pass() -> None:
+    wide = ["--set", "parallel.data=128", "global_batch_size=1024", "--partition", "h100"]
+    cluster.check(job_of(*wide), Slurm())
+    cluster.check(job_of("--account", "lab"), Slurm(enforce="associations"))
+
+
+def test_submission_and_the_queue() -> None:
+    slurm = Slurm()
+    assert cluster.submit("#!/bin/bash\n", slurm) == "42"
+    assert slurm.scripts == ["#!/bin/bash\n"]
+    assert cluster.queued(["42"], slurm) == [("42", "RUNNING", "1:02", "n1")]
+
+
+def test_without_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["submit", "--recipe", "gpt-100m"]) == 2
+    assert "sinfo is not on this machine's PATH" in capsys.readouterr().err
+    assert main(["submit", "--recipe", "gpt-100m", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory; choose another"):
+        submit._make_folder(tmp_path / "file" / "run")
+
+
+def test_folders_that_were_never_submitted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert "has no jobs.txt of mhc-megatron submit" in capsys.readouterr().err
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.txt").write_text("7\n")
+    assert main(["logs", str(tmp_path)]) == 2
+    assert "job 7 has no log yet" in capsys.readouterr().err
+    (tmp_path / "slurm" / "7.log").write_text("step 1\n")
+    assert main(["logs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "step 1\n"
+
+
+def test_every_variable_has_a_reason() -> None:
+    overlapped = ParallelConfig(pipeline=2, tensor=2, schedule="dualpipe_v", overlap="all")
+    for layout, expected in (
+        (ParallelConfig(), "8"),
+        (ParallelConfig(tensor=2), "1"),
+        (overlapped, "32"),
+    ):
+        found = variables(layout, on_gpu=True, cores=None)
+        assert all(variable.reason for variable in found)
+        connections = {v.name: v.value for v in found}["CUDA_DEVICE_MAX_CONNECTIONS"]
+        assert connections == expected
+    assert Site().gpus

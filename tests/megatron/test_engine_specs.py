@@ -1,0 +1,94 @@
+"""Megatron's layer specs of Transformer Engine, whose modules a CPU process has in plain torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+# In a process of its own: megatron-core looks for Transformer Engine when it is imported.
+SCRIPT = f"""
+import json, os, sys
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "benchmarks")!r}]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+from helpers import fake_engine
+fake_engine.install()
+import torch
+from helpers import engine
+from virtual_ranks import VirtualRanks, run_config
+from mhc_megatron.config import MHCConfig
+torch.set_num_threads(1)
+engine.LENGTH, found = 16, {{}}
+with engine.single_process():
+    for model in engine.MODELS:
+        chunk = engine.build(engine.run_config(model))
+        kept = engine.step(chunk)
+        vanished = [name for name, g in kept.gradients.items() if not g.abs().sum() > 0]
+        differences = {{}}
+        for name, mhc in engine.POLICIES.items():
+            engine.begin_anew(chunk, mhc)
+            differences[name] = engine.step(chunk).differences(kept)
+        engine.losses(chunk, 0)
+        block = engine.layers(chunk)[0].chain.recompute.current._block
+        found[model] = {{
+            "kinds": sorted({{type(m).__name__ for m in chunk.modules()}}),
+            "vanished": vanished,
+            "differences": differences,
+            "dropped": [len(block._inputs), len(block._normed)],
+        }}
+    for schedule, model in (("zb_h1", "mla"), ("dualpipe_v", "dense")):
+        config = run_config(
+            schedule, 2, hidden_size=32, seq_length=8, transformer_impl="transformer_engine"
+        )
+        config = engine.with_model(config, **engine.MODELS[model])
+        steps = []
+        for delay in (False, True):
+            ranks = VirtualRanks(config, torch.device("cpu"), delay=delay)
+            ranks.draw(0)
+            steps.append(ranks.pipelined() if delay else ranks.serial())
+        found[schedule] = steps[1].differences(steps[0])
+print("found", json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    return json.loads(line.removeprefix("found "))
+
+
+# Modules that are there, and of six sublayers how many have a norm of their own to drop.
+SPECS = {
+    "dense": ({"TELayerNormColumnParallelLinear", "TERowParallelLinear"}, 0),
+    "moe": ({"TELayerNormColumnParallelLinear", "TERowParallelGroupedLinear", "RMSNorm"}, 3),
+    "mla": ({"TELinear", "TELayerNormColumnParallelLinear", "RMSNorm"}, 3),
+}
+
+
+@pytest.mark.parametrize("model", SPECS)
+def test_every_gradient_and_the_bits_of_every_policy(model: str, found: dict[str, Any]) -> None:
+    kinds, norms = SPECS[model]
+    assert kinds < set(found[model]["kinds"])
+    assert found[model]["vanished"] == []
+    assert not any(found[model]["differences"].values()), found[model]["differences"]
+    assert found[model]["dropped"] == [6, norms]
+
+
+@pytest.mark.parametrize("schedule", ["zb_h1", "dualpipe_v"])
+def test_delayed_weight_gradients_have_the_bits_of_a_loop(
+    schedule: str, found: dict[str, Any]
+) -> None:
+    assert found[schedule] == []

@@ -1,0 +1,134 @@
+"""Interleaved forwards and backwards have the bits of one after the other, in every mode.
+
+Compared with the same layout without overlap: dispatchers exchange the same tokens, so that no sum
+has another order, with expert parallelism neither.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import layouts
+from helpers.oracle import DENSE, EXACT, MOE, check, run_config
+from helpers.pool import WorkerPool
+from megatron.core import __version__ as core_version
+from packaging.version import Version
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.chunk_phases import reject_unsupported_overlap
+from mhc_megatron.megatron.schedule import check_overlap
+from mhc_megatron.pipeline.catalogue import generate
+
+NUM_MB = 8
+V = {"pipeline": 2, "schedule": "dualpipe_v"}
+BLOCKS = MHCConfig(recompute="block", recompute_block=2, sinkhorn_iterations=3)
+PLAIN = MHCConfig(sinkhorn_iterations=3)
+EXPERTS = {**V, "data": 2, "expert": 2}
+# name: (model, layout, hyper-connections, mode)
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], MHCConfig, str]] = {
+    "dense_all": (DENSE, V, BLOCKS, "all"),
+    "tp2_sp_all": (DENSE, {**V, "tensor": 2, "sequence": True}, BLOCKS, "all"),
+    "dense_recompute_dualpipe": (DENSE, {**V, "schedule": "dualpipe"}, BLOCKS, "recompute"),
+}
+if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
+    RUNS |= {
+        "experts_post": (MOE, EXPERTS, PLAIN, "post"),
+        "experts_recompute": (MOE, EXPERTS, BLOCKS, "recompute"),
+        "experts_all": (MOE, EXPERTS, BLOCKS, "all"),
+        "experts_all_dualpipe": (MOE, {**EXPERTS, "schedule": "dualpipe"}, BLOCKS, "all"),
+    }
+
+
+@pytest.fixture(scope="module")
+def serial() -> dict[Any, tuple[Path, Path]]:
+    return {}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_bits(
+    name: str,
+    workers: WorkerPool,
+    serial: dict[Any, tuple[Path, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    model, layout, mhc, mode = RUNS[name]
+    folder = tmp_path_factory.mktemp(name)
+    options = {"mhc": mhc, "global_batch_size": NUM_MB * layout.get("data", 1)}
+    key = (bool(model), mhc.recompute, *layout.items())
+    if key not in serial:
+        initial, gradients = folder / "initial", folder / "serial"
+        initial.mkdir()
+        gradients.mkdir()
+        workers.run(layouts.save_initial, 1, run_config(model, **options), str(initial))
+        config = run_config(model, layout, **options)
+        arguments = (config, str(initial), str(gradients))
+        workers.run(layouts.losses_and_gradients, config.parallel.world_size, *arguments)
+        serial[key] = initial, gradients
+    initial, gradients = serial[key]
+    own = folder / "own"
+    own.mkdir()
+    config = run_config(model, {**layout, "overlap": mode}, **options)
+    arguments = (config, str(initial), str(own))
+    workers.run(layouts.losses_and_gradients, config.parallel.world_size, *arguments)
+    [errors] = workers.run(layouts.differences, 1, str(own), str(gradients))
+    check([], errors, EXACT, loss_tolerance=0.0)
+
+
+SUPPORTED: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "recompute_granularity": None,
+    "recompute_modules": [],
+    "fp8": None,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_shared_expert_overlap": False,
+    "cuda_graph_impl": "none",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recompute_granularity": "full"}, "recompute_granularity='full': a checkpointed layer"),
+        ({"fp8": "hybrid"}, "fp8: no test shows"),
+        ({"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type='flex': only"),
+        ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap=True: it has a stream"),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+            "recompute_modules with 'moe'",
+        ),
+        ({"cuda_graph_impl": "local"}, "cuda_graph_impl='local': a captured layer"),
+    ],
+)
+def test_what_cannot_be_interleaved_is_named(change: dict[str, Any], message: str) -> None:
+    def chain(config: dict[str, Any]) -> Any:
+        layer = SimpleNamespace(config=SimpleNamespace(**config))
+        return SimpleNamespace(layers=[layer], recompute=None)
+
+    supported = chain(SUPPORTED)
+    assert reject_unsupported_overlap(supported, "post") is supported
+    with pytest.raises(UserError, match=message):
+        reject_unsupported_overlap(chain(SUPPORTED | change), "post")
+    with pytest.raises(UserError, match="has no rebuild to run ahead"):
+        reject_unsupported_overlap(supported, "all")
+    with pytest.raises(UserError, match="the plain residual's have none"):
+        reject_unsupported_overlap(None, "post")
+
+
+def test_the_process_and_the_schedule_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="zb_h1 has no Overlap to interleave"):
+        check_overlap(generate("zb_h1", num_ranks=2, num_mb=4), "post")
+    schedule = generate("dualpipe_v", num_ranks=2, num_mb=4)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    check_overlap(schedule, "post")  # of no meaning without a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        UserError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1: the lanes .* to 8 or more"
+    ):
+        check_overlap(schedule, "post")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    check_overlap(schedule, "post")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    check_overlap(schedule, "post")

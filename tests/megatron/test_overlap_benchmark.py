@@ -1,0 +1,77 @@
+"""benchmarks/overlap.py: a pair in every mode has the bits of none, and what its profile hides."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron.core import __version__ as core_version
+from packaging.version import Version
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MODELS = ["tiny-dense"]
+if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
+    MODELS += ["tiny"]
+
+# Compute 0-100 and 120-140; on the priority lane mHC 50-110, on the compute lane 100-120; an
+# exchange waits 105-155.
+EVENTS = [
+    ("sm90_gemm", 0, 100, 7),
+    ("mix_fwd", 50, 60, 20),
+    ("mix_fwd", 100, 20, 7),
+    ("void at::cuda::spin_kernel(long)", 105, 50, 21),
+    ("sm90_gemm", 120, 20, 7),
+]
+SUMMARY = """\
+import json, sys
+from pathlib import Path
+from overlap_trace import hidden_lines
+for line, text in hidden_lines(Path(sys.argv[1]), Path(sys.argv[2])):
+    print(json.dumps(line))
+"""
+
+
+def python(*arguments: str) -> str:
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_mode_has_the_same_bits_and_a_prediction(tmp_path: Path) -> None:
+    sizes = ("--models", *MODELS, "--repetitions", "1", "--commit", "tested")
+    printed = python("overlap.py", "--results", str(tmp_path), *sizes)
+    assert printed.count(" 0 mismatches") == 4 * len(MODELS)
+    lines = [json.loads(text) for text in (tmp_path / "overlap.jsonl").read_text().splitlines()]
+    modes = ["none", "post", "recompute", "all"]
+    assert [(line["shape"]["model"], line["impl"]) for line in lines] == [
+        (model, f"mhc_megatron.{mode}") for model in MODELS for mode in modes
+    ]
+    for line in lines:
+        assert line["metric"] == "pair" and line["mismatches"] == 0 and line["value"] > 0
+        assert ("predicted" in line) == (line["impl"] != "mhc_megatron.none")
+        assert line.get("predicted", 1) > line.get("priority", 0) >= 0
+
+
+def test_what_a_profile_hides(tmp_path: Path) -> None:
+    trace, picture = tmp_path / "trace.json", tmp_path / "picture.svg"
+    events = [
+        {
+            "ph": "X",
+            "cat": "kernel",
+            "name": name,
+            "ts": start,
+            "dur": length,
+            "args": {"device": 0, "stream": stream, "correlation": number},
+        }
+        for number, (name, start, length, stream) in enumerate(EVENTS)
+    ]
+    trace.write_text(json.dumps({"traceEvents": events}))
+    lines = [json.loads(x) for x in python("-c", SUMMARY, str(trace), str(picture)).splitlines()]
+    # Times of both lanes count once: mHC 50-120, of which 100-105 nothing hides.
+    assert lines == [
+        {"metric": "hidden_mhc_beside", "value": 91.67, "unit": "%", "total": 0.06},
+        {"metric": "hidden_mhc", "value": 92.86, "unit": "%", "total": 0.07},
+        {"metric": "hidden_exchanges", "value": 70.0, "unit": "%", "total": 0.05},
+    ]
+    assert picture.read_text().count('class="lane"') == 3

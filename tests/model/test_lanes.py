@@ -1,0 +1,125 @@
+"""Which stream is current in which phase, on streams that only take notes."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_megatron.megatron.overlap import LaneOverlap, PhasedStage
+from mhc_megatron.megatron.phases import Lanes, PhaseMarker
+from mhc_megatron.pipeline.phases import Lane, Phase
+
+PHASES = (
+    Phase("enter"),
+    Phase("dispatch", Lane.COMMUNICATION, 0),
+    Phase("experts", layer=0),
+    Phase("mlp_post", Lane.PRIORITY, 0),
+)
+
+
+class Stream:
+    """Notes what it waits for."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.notes = name, list[str]()
+
+    def record_event(self) -> "Stream":
+        return self
+
+    def wait_event(self, event: "Stream") -> None:
+        self.notes.append(event.name)
+
+    wait_stream = wait_event
+
+
+class Recorded:
+    """The streams, and on which of them tensors were recorded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._own = threading.local()  # as on a GPU, each thread has a current stream
+        self.compute = Stream("compute")
+        self.tensors: list[tuple[int, str]] = []
+        made = iter(["communication", "priority"])
+        for name, function in (
+            ("current_stream", lambda *_: self.current),
+            ("set_stream", self._set),
+            ("Stream", lambda *_, **__: Stream(next(made))),
+        ):
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(
+            Tensor,
+            "record_stream",
+            lambda tensor, stream: self.tensors.append((tensor.data_ptr(), stream.name)),
+        )
+        self.lanes = Lanes(torch.device("cuda", 0))
+
+    @property
+    def current(self) -> Stream:
+        return getattr(self._own, "stream", self.compute)
+
+    def _set(self, stream: Stream) -> None:
+        self._own.stream = stream
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    return Recorded(monkeypatch)
+
+
+def stage(recorded: Recorded, log: list[str]) -> tuple[PhasedStage, PhaseMarker]:
+    marker = PhaseMarker(PHASES, recorded.lanes, rebuilds_ahead=False)
+
+    def forward(mb: int, x: Tensor | None) -> Tensor:
+        assert x is not None
+        marker.start()
+        log.append(recorded.current.name)
+        for phase in PHASES[1:]:
+            (x,) = marker.begin(phase.name, x * 2)
+            log.append(recorded.current.name)
+        x = x * 2
+        marker.end(x)
+        return x
+
+    return PhasedStage(forward, marker, take_dropped=None), marker
+
+
+def test_every_phase_runs_on_its_lane_and_a_forward_ends_on_the_compute_lane(
+    recorded: Recorded,
+) -> None:
+    log: list[str] = []
+    own, _ = stage(recorded, log)
+    for mb in range(2):
+        output = own.forward(mb, torch.ones(2))
+        assert log == ["compute", "communication", "compute", "priority"]
+        assert recorded.current is recorded.compute
+        # The lanes wait for the phase before; at last the compute lane waits for all.
+        streams = {lane.value: recorded.lanes.stream(lane) for lane in Lane}
+        assert streams["communication"].notes == ["compute", "compute"]
+        assert streams["priority"].notes == ["compute", "compute"]
+        assert streams["compute"].notes == ["communication", "communication", "priority"]
+        # What crosses is recorded where it arrives; the output, where the next stage reads it.
+        names = [name for _, name in recorded.tensors]
+        assert names == ["communication", "compute", "priority", "compute"]
+        assert recorded.tensors[-1][0] == output.data_ptr()
+        log.clear()
+        recorded.tensors.clear()
+        for stream in streams.values():
+            stream.notes.clear()
+
+
+def test_the_message_of_an_overlap_leaves_from_the_last_lane(recorded: Recorded) -> None:
+    log: list[str] = []
+    (own, _), (other, _) = stage(recorded, log), stage(recorded, log)
+    other.forward(0, torch.ones(2))
+    lanes: list[Any] = []
+    overlap = LaneOverlap(recorded.lanes)
+    overlap(
+        (own, 1, torch.ones(2)),
+        (other, 0, torch.ones(2)),
+        lambda _: lanes.append(f"output on {recorded.current.name}"),
+        lambda _: lanes.append(f"gradient on {recorded.current.name}"),
+    )
+    assert sorted(lanes) == ["gradient on compute", "output on priority"]
+    assert recorded.current is recorded.compute
