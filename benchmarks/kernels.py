@@ -11,28 +11,17 @@ eager launch. Prints a table and appends one line per figure to ``<results>/kern
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ends
 import torch
-from implementations import (
-    PEERS,
-    RMS_EPS,
-    Implementation,
-    Operands,
-    boundary,
-    compiled_pair,
-    options,
-    pair,
-    random_operands,
-)
+from contenders import ENDS, OURS, Build, builds_with, check
+from implementations import PEERS, Implementation, Operands, random_operands
 from provenance import provenance
 from timing import Times, backward_times, copy_bandwidth, eager_times, graph_times, host_times
-from torch import Tensor
 
-from mhc_megatron.kernels import PackedMappings, compositions, rms_norm
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
 SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
@@ -40,44 +29,6 @@ SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,
 COPIES = 3
 # No multiple of a tile, but of 16: what peers tuned for is then compiled once.
 CHECKED_TOKENS = 304
-
-Build = Callable[[Operands], Implementation]
-OURS = (
-    "post_pre",
-    "norm-inside",
-    "norm-after",
-    "single_pass",
-    "pre+post",
-    "reference",
-    "torch.compile",
-)
-ENDS = (*ends.OPERATIONS, *(f"reference.{operation}" for operation in ends.OPERATIONS))
-
-
-def builds_with(tiles: Tiles | None) -> dict[str, Build]:
-    """Everything that can be measured; ``tiles`` is for the kernels of ``post_pre``."""
-    return {
-        "post_pre": lambda data: boundary(data, "post_pre", "triton", tiles=tiles),
-        "norm-inside": lambda data: boundary(
-            data, "post_pre", "triton", tiles=tiles, norm="inside"
-        ),
-        "norm-after": lambda data: boundary(data, "post_pre", "triton", tiles=tiles, norm="after"),
-        "single_pass": lambda data: boundary(data, "single_pass", "triton", tiles=tiles),
-        "pre+post": lambda data: pair(data, "triton"),
-        "reference": lambda data: pair(data, "reference"),
-        "torch.compile": compiled_pair,
-        **PEERS,
-        **{
-            name: lambda data, operation=operation, backend=backend: ends.end(
-                data, operation, backend
-            )
-            for operation in ends.OPERATIONS
-            for name, backend in (
-                (operation, "triton"),
-                (f"reference.{operation}", "reference"),
-            )
-        },
-    }
 
 
 def tiles_of(path: Path | None) -> dict[int, Tiles]:
@@ -104,75 +55,6 @@ def floor_bytes(tokens: int, channels: int, n: int, itemsize: int, *, fused: boo
     figures = [tokens * channels * itemsize * forward + phi]
     figures.append(tokens * channels * itemsize * backward + 2 * phi)
     return [*figures, sum(figures)]
-
-
-def float64_truth(data: Operands, built: Implementation, stored: Tensor) -> dict[str, Tensor]:
-    """Outputs and gradients of the composition; the next sublayer reads the stored streams."""
-    names = ["streams", "branch", "weight", "alpha_pre", "alpha_post", "alpha_res", "bias"]
-    values = [data.streams, data.branch, data.weight, *data.alphas.split(1), data.bias]
-    leaves = [value.double().requires_grad_() for value in values]
-    x, f, weight, alpha_pre, alpha_post, alpha_res, bias = leaves
-    gates = (alpha_pre, alpha_post, alpha_res)
-    gradients = [data.grad_streams.double(), data.grad_u.double()]
-    norm_weight = None
-    if "norm_weight" in built.leaves:
-        norm_weight = data.norm_weight.double().requires_grad_()
-        names, leaves = [*names, "norm_weight"], [*leaves, norm_weight]
-    if built.fused:
-        packed = data.packed.double().requires_grad_()
-        mix = PackedMappings(packed, x.shape[1], x.shape[:1])
-        streams = compositions.post(x, f, mix)
-        read = streams + (stored.double() - streams).detach()
-        u, new_mix = compositions.pre(read, weight, gates, bias, options=options())
-        if built.name.endswith("single_pass"):
-            u = (mix.pre.unsqueeze(-1) * read).sum(1)
-        if norm_weight is not None:
-            rounded = u.to(data.streams.dtype).double()
-            u = rms_norm(u + (rounded - u).detach(), norm_weight, eps=RMS_EPS)
-        new_packed = torch.cat([new_mix.pre, new_mix.post, new_mix.res.flatten(1)], dim=1).t()
-        outputs = {"streams": streams, "u": u, "mix": new_packed}
-        gradients.append(data.grad_packed.double())
-        names, leaves = [*names, "mix"], [*leaves, packed]
-    else:
-        u, mix = compositions.pre(x, weight, gates, bias, options=options())
-        outputs = {"streams": compositions.post(x, f, mix), "u": u}
-    found = torch.autograd.grad(list(outputs.values()), leaves, gradients)
-    truth = {name: value.detach() for name, value in outputs.items()}
-    truth.update({f"d_{name}": grad for name, grad in zip(names, found, strict=True)})
-    return truth
-
-
-def check(data: Operands, built: Implementation) -> tuple[dict[str, float], bool]:
-    """Relative errors by name, and whether two runs gave the same bits."""
-
-    def once() -> dict[str, Tensor]:
-        outputs = built.forward()
-        gradients = built.backward(outputs)
-        named = dict(zip(built.outputs, [o.detach() for o in outputs], strict=False))
-        for name, gradient in zip(built.leaves, gradients, strict=True):
-            named["d_mix" if name == "packed" else f"d_{name}"] = gradient
-        return named
-
-    first = once()
-    same = all(
-        torch.equal(value, again[name])
-        for again in (once() for _ in range(3))
-        for name, value in first.items()
-    )
-    ours = {
-        name: built.to_ours.get(name.removeprefix("d_"), lambda t: t)(value)
-        for name, value in first.items()
-    }
-    if built.end is None:
-        truth = float64_truth(data, built, ours["streams"])
-    else:
-        truth = ends.float64_truth(data, built.end)
-    errors = {}
-    for name, expected in truth.items():
-        if name in ours and ours[name].shape == expected.shape:
-            error = (ours[name].double() - expected).norm() / expected.norm()
-            errors[name] = float(f"{float(error):.2e}")
-    return errors, same
 
 
 def measure(build: Build, data: list[Operands]) -> Iterator[tuple[str, str, Times]]:

@@ -2,9 +2,9 @@
 
     python benchmarks/te_blocks.py --results benchmarks/results/h100
 
-A stage from the middle of a model, with Megatron's layer specs: blocks of the mHC paper's 3B and
-27B models (table 5: MoE with MLA), and of a dense model of the size of 8B. Forward and backward of
-one micro-batch of 4096 tokens without hyper-connections, with them, and with their states
+A stage from the middle of a model, with Megatron's layer specs: blocks of the mHC paper's 3B, 9B
+and 27B models (table 5: MoE with MLA), and of a dense model of the size of 8B. Forward and backward
+of one micro-batch of 4096 tokens without hyper-connections, with them, and with their states
 recomputed, taking turns. All three have the same weights. The weights' FP8 copies are made once, as
 by the first micro-batch of a step; gradients are bf16 and start empty. The paper does not say the
 rank of MLA's queries: here it is that of the keys and values.
@@ -73,6 +73,7 @@ SIZES = {
     for size in (
         Size(name="27B", channels=2560, heads=32, ffn=1536, experts=72),
         Size(name="8B-dense", channels=4096, heads=32, ffn=14336),
+        Size(name="9B", channels=1920, heads=24, ffn=1280, experts=64),
         Size(name="3B", channels=1280, heads=16, ffn=896, experts=64),
     )
 }

@@ -80,7 +80,7 @@ def test_expand_and_contractions_have_a_table_of_their_own(benchmark: Callable[[
 def test_the_benchmark_checks_the_ends_of_a_model(
     operation: str, benchmark: Callable[[str], Any]
 ) -> None:
-    implementations, measured = benchmark("implementations"), benchmark("kernels")
+    implementations, measured = benchmark("implementations"), benchmark("contenders")
     data = implementations.random_operands(5, 2, 16, torch.bfloat16, 1, device="cpu")
     for name in (operation, f"reference.{operation}"):
         built = measured.builds_with(None)[name](data)

@@ -47,16 +47,16 @@ def test_a_rank_killed_in_any_phase_is_named_and_costs_no_saved_step(
     tests = str(Path(training.__file__).parents[1])
     path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
-    # In step 2, while step 2 is saved, and while the checkpoint of step 1 is loaded.
-    for phase, left in (("step", []), ("save", [".partial-step_00000002"]), ("load", None)):
+    # In step 2, while step 2 is saved, and while the checkpoint of step 1 is loaded. Rank 0 removes
+    # what it wrote when it notices that rank 1 is gone, unless the launcher ends it before that.
+    partial = {".partial-step_00000002"}
+    for phase, may_be_left in (("step", set()), ("save", partial), ("load", partial)):
         start = time.monotonic()
         status = launch_local("helpers.killed", [str(file), "1", phase], num_processes=2)
         assert time.monotonic() - start < 300  # timeout_minutes is 10: nobody waited for it
         assert status == 128 + signal.SIGKILL
         assert "[rank 1] failed first: killed by SIGKILL" in capfd.readouterr().err
-        found = sorted(folder.name for folder in checkpoints.iterdir())
-        assert [name for name in found if not name.startswith(".")] == ["step_00000001"]
-        if left is not None:
-            assert [name for name in found if name.startswith(".")] == left
+        found = {folder.name for folder in checkpoints.iterdir()}
+        assert {"step_00000001"} <= found <= {"step_00000001"} | may_be_left
 
     assert workers.run(training.spoil_steps, 2, config, {})[0] == (losses, "")
