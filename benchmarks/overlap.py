@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import cudnn_first  # noqa: F401
 import torch
 from alone import one_process
 from overlap_trace import hidden_lines

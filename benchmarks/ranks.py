@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cudnn_first  # noqa: F401
+
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from helpers import layouts

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cudnn_first  # noqa: F401
 import torch
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch import Tensor

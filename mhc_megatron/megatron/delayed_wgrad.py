@@ -9,6 +9,7 @@ is the same to the last bit.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class QueuedWeightGrads:
     def __init__(self, chunk: nn.Module) -> None:
         self._modules: list[Any] = [module for module in chunk.modules() if _queues(module)]
         self._taken = [0] * len(self._modules)
+        for module in self._modules:
+            _ignore_buffers(module)
 
     def __bool__(self) -> bool:
         """Whether any module of the chunk queues its weight gradients."""
@@ -75,6 +78,26 @@ class QueuedWeightGrads:
 def _queues(module: Any) -> bool:
     needs = getattr(module, "need_backward_dw", None)
     return needs is not None and needs()
+
+
+def _ignore_buffers(module: Any) -> None:
+    """Let autograd add nothing for weights that are queued.
+
+    GroupedLinear (Transformer Engine 2.20) hands autograd the memory into which ``backward_dw``
+    will write, with whatever is there. Under Megatron's DDP its hooks look at what ``backward_dw``
+    leaves alone; without, autograd would add that memory to the gradients.
+    """
+    if not hasattr(module, "num_gemms"):
+        return
+
+    def nothing(buffer: Tensor) -> Tensor:
+        if module.wgrad_accumulation_and_reduce_hooks:
+            return buffer
+        return torch.zeros_like(buffer)
+
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("weight"):
+            parameter.register_hook(nothing)
 
 
 def _compute(module: Any, times: int) -> None:

@@ -145,13 +145,17 @@ def test_sums_over_several_programs(device: torch.device) -> None:
 def test_plain_sums_have_the_bits_of_the_reference(
     operation: str, n: int, device: torch.device
 ) -> None:
-    """float32 sums of up to four streams in the order of the streams, divided once."""
+    """float32 sums of up to four streams in the order of the streams, divided once.
+
+    The reference on a CPU: on a GPU torch multiplies by the rounded 1/n instead.
+    """
     leaves = operands(operation, 7, n, 24, torch.float32, device)
     grad = torch.randn_like(run_reference(operation, leaves, n))
     got = with_gradients(run_kernels, operation, leaves, n, grad)
-    expected = with_gradients(run_reference, operation, leaves, n, grad)
+    leaves = {name: leaf.cpu() for name, leaf in leaves.items()}
+    expected = with_gradients(run_reference, operation, leaves, n, grad.cpu())
     for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+        assert torch.equal(got[name].cpu(), value), name
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -287,9 +291,11 @@ def test_auto_takes_the_reference_without_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["hidden", "streams", "weight", "scale", "bias"])
-def test_a_number_that_is_not_finite_is_named_when_checking(name: str) -> None:
+def test_a_number_that_is_not_finite_is_named_when_checking(
+    name: str, device: torch.device
+) -> None:
     operation = "expand" if name == "hidden" else "contract_learned"
-    leaves = operands(operation, 3, 2, 8, torch.float32, torch.device("cpu"))
+    leaves = operands(operation, 3, 2, 8, torch.float32, device)
     leaves[name].view(-1)[-1] = float("nan")
     message = f"{name}: expected finite numbers, 1 of {leaves[name].numel()} are not"
     with finite_inputs(), pytest.raises(ValueError, match=re.escape(message)):

@@ -67,8 +67,61 @@ class Queueing(nn.Module):
         return _Product.apply(x, self.weight, self.bias, self.wgrad_store)
 
 
+class _Products(torch.autograd.Function):
+    """Two products of halves; queued, it returns the memory of weight gradients to come."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, store: Any, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.store = store
+        return torch.cat([a @ w.t() for a, w in zip(x.chunk(2), weights, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        buffers = [torch.full_like(weight, torch.nan) for weight in weights]
+
+        @torch.no_grad()
+        def weight_gradients(x: Tensor, grad: Tensor) -> list[Tensor]:
+            for a, g, out in zip(x.chunk(2), grad.chunk(2), buffers, strict=True):
+                torch.mm(g.t(), a, out=out)
+            return buffers
+
+        if ctx.store.context is None:
+            weight_gradients(x, grad)
+        else:
+            ctx.store.context.put([[x, grad], weight_gradients])
+        both = zip(grad.chunk(2), weights, strict=True)
+        return torch.cat([g @ w for g, w in both]), None, *buffers
+
+
+class Grouped(nn.Module):
+    """Experts, as Transformer Engine's GroupedLinear has them."""
+
+    num_gemms = 2
+
+    def __init__(self, delay: bool) -> None:
+        super().__init__()
+        self.weight0 = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.weight1 = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.wgrad_store = SimpleNamespace(context=queue.Queue() if delay else None)
+        self.wgrad_accumulation_and_reduce_hooks: list[Callable[[], None]] = []
+
+    def need_backward_dw(self) -> bool:
+        return self.wgrad_store.context is not None
+
+    def backward_dw(self) -> None:
+        tensors, function = self.wgrad_store.context.get()
+        self.weight0.grad, self.weight1.grad = function(*tensors)
+        for hook in self.wgrad_accumulation_and_reduce_hooks:
+            hook()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Products.apply(x, self.wgrad_store, self.weight0, self.weight1)
+
+
 class Chunk(nn.Module):
-    """Two such layers, one of them used twice, and one whose gradients autograd splits."""
+    """Two such layers, one of them used twice, one whose gradients autograd splits, and experts."""
 
     def __init__(self, delay: bool) -> None:
         super().__init__()
@@ -78,9 +131,11 @@ class Chunk(nn.Module):
             nn.Linear(WIDTH, WIDTH),
             Queueing(delay),
         )
+        self.experts = Grouped(delay)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.plain(self.first(x.tanh()).tanh()).tanh() + self.first(x))
+        x = self.last(self.plain(self.first(x.tanh()).tanh()).tanh() + self.first(x))
+        return self.experts(x.tanh())
 
 
 def stage_of(chunk: Chunk) -> AutogradStage:
@@ -126,7 +181,7 @@ def test_nothing_is_computed_before_w() -> None:
     stage = stage_of(chunk)
     stage.forward(0, torch.randn(TOKENS, WIDTH))
     stage.backward(0, torch.randn(TOKENS, WIDTH), defer_weights=True)
-    assert all(parameter.grad is None for parameter in chunk.parameters())
+    assert all(g is None or not g.any() for g in [p.grad for p in chunk.parameters()])
     assert chunk.first.wgrad_store.context.qsize() == 2
     stage.weights(0)
     assert all(parameter.grad is not None for parameter in chunk.parameters())
@@ -146,7 +201,7 @@ def test_the_hooks_of_ddp_take_every_gradient() -> None:
 
         return hook
 
-    for module in (chunk.first, chunk.last):
+    for module in (chunk.first, chunk.last, chunk.experts):
         module.wgrad_accumulation_and_reduce_hooks += [taking(p) for p in module.parameters()]
     run(chunk, "F0 F1 F2 I0 I1 W0 I2 W1 W2")
     _, same = run(Chunk(delay=False), SERIAL)
