@@ -4,17 +4,18 @@ GPT chunks with hyper-connections under ZB-H1, a stage per rank. In the second s
 kills itself with SIGKILL in the forward of a micro-batch.
 """
 
-import multiprocessing
 import os
 import re
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.pool import process_context
 from multigpu_parity import run_config
 from ranks import layouts, start
 
@@ -26,11 +27,13 @@ from mhc_megatron.training.model import build_chunks, transformer_config, wrap_d
 from mhc_megatron.training.pipeline import forward_backward_func
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.step import run_step
+from mhc_megatron.training.worker import leave
 
 KILLED, MICRO_BATCH = 1, 3  # rank, and the micro-batch of whose forward it dies
-TIMEOUT = 8.0  # seconds until a message that does not come is an error
+# Seconds until a message that does not come is an error. The first step compiles kernels.
+TIMEOUT = {"cpu": 8.0, "cuda": 30.0}["cuda" if torch.cuda.is_available() else "cpu"]
 GRACE = 10.0  # seconds for a process to end after that
-STARTING = 60.0  # until the steps, kernels compiled
+STARTING = 120.0  # until the steps
 NAMED = re.compile(r"ExecutionError: (pipeline rank \d+ failed at (?:recv|send) .*)")
 
 
@@ -40,6 +43,15 @@ def dying(rank: int, config: TrainConfig, port: int, folder: str) -> None:
     with open(f"{folder}/stderr{rank}", "w") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    try:
+        _steps(rank, config, folder)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+        raise
+
+
+def _steps(rank: int, config: TrainConfig, folder: str) -> None:
     size = config.parallel.world_size
     start(rank, size)
     with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=size)):
@@ -73,11 +85,7 @@ def kill_lines(
     folder.mkdir()
     config = run_config(size, backend, {"pipeline": num_ranks, "schedule": "zb_h1"})
     config = replace(config, timeout_minutes=TIMEOUT / 60)
-    context: Any = multiprocessing.get_context("spawn")
-    if not torch.cuda.is_available():  # CUDA does not survive a fork
-        # They start from one process that has imported what they need.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["multigpu_kill", "mhc_megatron.training.trainer"])
+    context = process_context(["multigpu_kill", "mhc_megatron.training.trainer"])
     with reserved_port() as port:
         processes = [
             context.Process(target=dying, args=(rank, config, port, str(folder)))

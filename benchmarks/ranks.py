@@ -23,6 +23,7 @@ from helpers.pool import WorkerFailed, WorkerPool
 
 __all__ = ["Ranks", "WorkerFailed", "layouts", "start"]
 
+STARTING = 120.0  # seconds until processes have imported what they need
 _MOST = 0.9  # of a job's time, after which it says where it is
 
 
@@ -56,7 +57,9 @@ class Ranks:
         self._deadline = time.monotonic()
 
     def begin(self, seconds: float) -> None:
-        """Jobs have to end within ``seconds`` from now."""
+        """Jobs have to end within ``seconds`` from now; the starts of processes do not count."""
+        self._deadline = math.inf
+        self._start()
         self._deadline = time.monotonic() + seconds * self._patience
 
     def run(
@@ -73,11 +76,16 @@ class Ranks:
         Raises:
             WorkerFailed: it failed on some rank, or took too long; the processes are gone.
         """
+        return self._run(self._start(), seconds, job, num_ranks, *arguments)
+
+    def _start(self) -> WorkerPool:
         if self._pool is None or not all(p.is_alive() for p in self._pool.processes):
             self.close()
-            self._pool = WorkerPool(self.num_ranks)
-            self._run(self._pool, math.inf, start, self.num_ranks)
-        return self._run(self._pool, seconds, job, num_ranks, *arguments)
+            began, left = time.monotonic(), self._deadline
+            self._pool, self._deadline = WorkerPool(self.num_ranks), math.inf
+            self._run(self._pool, STARTING, start, self.num_ranks)
+            self._deadline = left + time.monotonic() - began
+        return self._pool
 
     def _run(
         self,

@@ -93,6 +93,11 @@ def cuda_connections() -> str | None:
     return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 
 
+def allows_pickled_scales() -> bool:
+    """Whether Transformer Engine may load pickles from checkpoints."""
+    return os.environ.get("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE") == "1"
+
+
 def _number(variables: Mapping[str, str], name: str, names: tuple[str, ...]) -> int:
     text = variables.get(name)
     if text is None:

@@ -137,6 +137,23 @@ def reject_weights(config: Any, weights: Mapping[str, Sequence[int]]) -> None:
                 )
 
 
+def reject_unreadable_scales(config: Any, *, refuses: bool, allowed: bool) -> None:
+    """Raise a UserError if a checkpoint would be written that cannot be loaded again.
+
+    Args:
+        config: Megatron's, or a run's.
+        refuses: Transformer Engine does not load pickled scales unless it is told to.
+        allowed: it is told to.
+    """
+    if config.fp8 and _recipe_of(config) == "delayed" and refuses and not allowed:
+        raise UserError(
+            "fp8_recipe='delayed': this Transformer Engine saves its scales as a Python pickle, "
+            "and refuses to load them; export NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 if you trust "
+            "the checkpoints of this run, or use fp8_recipe='tensorwise' or 'blockwise', which "
+            "have no scales to save"
+        )
+
+
 def _recipe_of(config: Any) -> str:
     """``fp8_recipe`` as text; megatron-core takes a text or its own enumeration."""
     return str(getattr(config.fp8_recipe, "value", config.fp8_recipe))

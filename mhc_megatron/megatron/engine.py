@@ -1,6 +1,7 @@
 """What of Transformer Engine this process has, and a layer is made of."""
 
 import importlib.metadata
+import importlib.util
 
 import torch
 from packaging.version import Version
@@ -20,6 +21,13 @@ def this_platform() -> Platform:
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         cuda=None if cuda is None else Version(cuda),
     )
+
+
+def refuses_pickled_scales() -> bool:
+    """Whether Transformer Engine loads delayed scaling's state only where it is allowed to."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    return importlib.util.find_spec("transformer_engine.pytorch._extra_state") is not None
 
 
 def engine_weights(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:

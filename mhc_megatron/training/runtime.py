@@ -28,6 +28,8 @@ def distributed_runtime(
 ) -> Iterator[None]:
     """Everything megatron-core needs before a model can be built; undone on exit.
 
+    After an exception NCCL's groups stay as they are, and the process must end.
+
     The process group reads ``MASTER_ADDR`` and ``MASTER_PORT`` from the environment, as torchrun
     sets them.
 
@@ -81,7 +83,14 @@ def distributed_runtime(
         )
         stack.callback(destroy_num_microbatches_calculator)
         set_seed(config.seed)
-        yield
+        try:
+            yield
+        except BaseException:
+            if backend == "nccl":
+                # What failed here left messages half sent, and NCCL waits for their other ends
+                # before it lets a group go. The process is about to end (worker.leave).
+                stack.pop_all()
+            raise
 
 
 def set_seed(seed: int, *, stage: int | None = None) -> None:

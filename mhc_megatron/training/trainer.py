@@ -13,6 +13,9 @@ from mhc_megatron.data.dataset import batch, build_datasets, check_split, micro_
 from mhc_megatron.data.prepare import prepare_embedded
 from mhc_megatron.data.tokenizer import load_tokenizer
 from mhc_megatron.errors import UserError
+from mhc_megatron.fp8 import reject_unreadable_scales
+from mhc_megatron.launch.environment import allows_pickled_scales
+from mhc_megatron.megatron.engine import refuses_pickled_scales
 from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.pipeline.measure import Spans
 from mhc_megatron.training import checkpoint
@@ -67,6 +70,10 @@ class Trainer:
     """Model, data and optimizer of one rank inside ``distributed_runtime``."""
 
     def __init__(self, config: TrainConfig) -> None:
+        if config.fp8 is not None:
+            reject_unreadable_scales(
+                config, refuses=refuses_pickled_scales(), allowed=allows_pickled_scales()
+            )
         self.config = config
         self.folder = Path(config.out)
         on_rank_zero(lambda: prepare_heartbeats(self.folder))

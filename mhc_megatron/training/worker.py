@@ -5,7 +5,9 @@ The local launcher starts it once per process of the layout.
 
 import json
 import logging
+import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,31 @@ from mhc_megatron.training.stop import stop_request
 
 
 def run(config: TrainConfig, world: World) -> int:
-    """Train as one rank; returns 0, or 2 after a UserError (rank 0 prints it as one line)."""
+    """Train as one rank; returns 0, or after printing it 2 for a UserError, 1 for another error.
+
+    On GPUs a rank that failed ends here: what NCCL does when Python ends waits for the others.
+    """
+    try:
+        status = _run(config, world)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    leave(status)
+    return status
+
+
+def leave(status: int) -> None:
+    """End this process after a failure on a GPU, without a word to the other ranks."""
+    import torch
+
+    if status and torch.cuda.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(config: TrainConfig, world: World) -> int:
+    """0, or 2 after a UserError, which rank 0 prints as one line."""
     _silence_megatron()
     with stop_request(stop_signals()) as stop:
         # Imported after the filters and the handlers: megatron-core warns, and takes its time.

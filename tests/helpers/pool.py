@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mhc_megatron.launch.port import reserved_port
 
 # What nearly every job needs; none of it starts a thread, so that a process can be forked with it.
@@ -20,10 +22,15 @@ _IMPORTED_ONCE = ["torch", "mhc_megatron.training.trainer", "mhc_megatron.report
 _MOST_JOBS = 40
 
 
-def process_context() -> Any:
-    """Of new processes: forked from one that has imported the heavy modules and done nothing."""
+def process_context(imported: list[str] = _IMPORTED_ONCE) -> Any:
+    """Of new processes: forked from one that has imported the heavy modules and done nothing.
+
+    With a GPU each starts afresh: Megatron's imports set CUDA up, which does not survive a fork.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
+    context.set_forkserver_preload(imported)
     return context
 
 
@@ -39,8 +46,6 @@ def _work(rank: int, jobs: Any, results: Any) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
     torch.set_num_threads(1)
     while True:
         function, arguments, world_size, port = jobs.get()

@@ -1,5 +1,8 @@
 """FP8 that cannot work is refused at construction; the checks are functions of plain values."""
 
+import importlib
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +15,13 @@ from packaging.version import Version
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.fp8 import Platform, reject_unsupported_precision, reject_weights
-from mhc_megatron.megatron.engine import engine_weights, this_platform
+from mhc_megatron.fp8 import (
+    Platform,
+    reject_unreadable_scales,
+    reject_unsupported_precision,
+    reject_weights,
+)
+from mhc_megatron.megatron.engine import engine_weights, refuses_pickled_scales, this_platform
 from mhc_megatron.megatron.layer import MHCTransformerLayer
 
 HOPPER = Platform(transformer_engine=Version("2.20.2"), capability=(9, 0), cuda=Version("13.0"))
@@ -90,6 +98,38 @@ def test_weights_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         reject_weights(config(fp8_recipe=recipe), weights)
+
+
+def test_scales_that_cannot_be_loaded_again_are_refused_before_training() -> None:
+    with pytest.raises(UserError, match="NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1"):
+        reject_unreadable_scales(config(), refuses=True, allowed=False)
+    for options, refuses, allowed in (
+        ({}, True, True),
+        ({}, False, False),
+        ({"fp8_recipe": "blockwise"}, True, False),
+        ({"fp8": None}, True, False),
+    ):
+        reject_unreadable_scales(config(**options), refuses=refuses, allowed=allowed)
+
+
+def test_an_engine_that_refuses_pickles_is_known_by_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not refuses_pickled_scales()  # there is none
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.invalidate_caches()
+    assert not refuses_pickled_scales()
+    (package / "_extra_state.py").touch()
+    importlib.invalidate_caches()
+    assert refuses_pickled_scales()
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_weights_that_fit() -> None:
