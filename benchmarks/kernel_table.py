@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_table.py benchmarks/results/h100/kernels.jsonl
 
-Graph replays only: all of the commit that was measured last, then ``post_pre`` of every commit,
-then expand and the contractions as they were measured last. Of a figure that was measured twice the
-last counts.
+Graph replays only: all of the commit that was measured last beside peers, then ``post_pre`` of
+every commit, then expand and the contractions as they were measured last. Of a figure that was
+measured twice the last counts.
 """
 
 import json
@@ -21,10 +21,15 @@ def is_end(line: Line) -> bool:
     return line["impl"].rpartition(".")[2] in ("expand", "contract_mean", "contract_learned")
 
 
+def commit_with_peers(lines: list[Line]) -> str:
+    """The commit that was measured last in a run with peers, which are named ``name==version``."""
+    return next(line["commit"] for line in reversed(lines) if "==" in line["impl"])
+
+
 def latest(lines: list[Line]) -> str:
     """Every implementation at every shape; how many times ``post_pre``'s time each needs."""
     lines = [line for line in lines if not is_end(line)]
-    commit = lines[-1]["commit"]
+    commit = commit_with_peers(lines)
     rows: dict[tuple[str, str], dict[str, Line]] = {}
     for line in lines:
         if line["launch"] == "graph" and line["commit"] == commit:

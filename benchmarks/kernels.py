@@ -20,7 +20,15 @@ import torch
 from contenders import ENDS, OURS, Build, builds_with, check
 from implementations import PEERS, Implementation, Operands, random_operands
 from provenance import provenance
-from timing import Times, backward_times, copy_bandwidth, eager_times, graph_times, host_times
+from timing import (
+    Times,
+    backward_times,
+    copy_bandwidth,
+    eager_times,
+    graph_times,
+    host_floor,
+    host_times,
+)
 
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
@@ -97,7 +105,7 @@ def run_shape(
                 floors = ends.floor_bytes(*sizes, operation=built.end)
             for metric, launch, times in measure(builds[name], data):
                 moved = floors[("fwd", "bwd", "fwd_bwd").index(metric)]
-                floor = moved / bandwidth * 1e6
+                floor = host_floor() if launch == "host" else moved / bandwidth * 1e6
                 yield {
                     "benchmark": "kernels",
                     "impl": built.name,

@@ -90,6 +90,25 @@ def host_times(call: Callable[[], object], *, repetitions: int = 30) -> Times:
     return Times(statistics.median(times), min(times), max(times))
 
 
+class _Nothing(torch.autograd.Function):
+    """One output of as many operands as a boundary has; no work in either direction."""
+
+    @staticmethod
+    def forward(ctx: Any, first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return first.view_as(first)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, None, None, None, None, None, None, None
+
+
+def host_floor() -> float:
+    """Microseconds of the host for forward and backward of an autograd function without work."""
+    leaves = [torch.ones(8, device="cuda", requires_grad=True) for _ in range(8)]
+    grad = torch.ones(8, device="cuda")
+    return host_times(lambda: torch.autograd.grad(_Nothing.apply(*leaves), leaves[:1], grad)).median
+
+
 def copy_bandwidth(num_bytes: int = 2**30) -> float:
     """Bytes read and written per second by a device-to-device copy kernel."""
     source = torch.empty(num_bytes // 4, dtype=torch.float32, device="cuda").normal_()

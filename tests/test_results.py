@@ -41,8 +41,24 @@ def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], A
     assert (ROOT / "docs" / "recompute_memory.svg").read_text() == tables.draw(memory)
 
 
+@pytest.mark.parametrize(
+    ("page", "table", "file"),
+    [
+        ("fp8.md", "blocks", "h100/te_blocks.jsonl"),
+        ("pipeline.md", "overlap", "h200/overlap.jsonl"),
+    ],
+)
+def test_the_pages_of_stages_show_the_results_files(
+    page: str, table: str, file: str, benchmark: Callable[[str], Any]
+) -> None:
+    lines = benchmark("kernel_table").read(ROOT / "benchmarks" / "results" / file)
+    shown = (ROOT / "docs" / page).read_text()
+    assert getattr(benchmark("stage_tables"), table)(lines) in shown
+
+
 def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
-    lines = benchmark("kernel_table").read(KERNELS)
+    tables = benchmark("kernel_table")
+    lines = tables.read(KERNELS)
     points = benchmark("roofline").points(lines)
     image = (ROOT / "docs" / "roofline.svg").read_text()
     for name, found in points.items():
@@ -52,7 +68,7 @@ def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) ->
             [
                 line
                 for line in lines
-                if line["commit"] == lines[-1]["commit"]
+                if line["commit"] == tables.commit_with_peers(lines)
                 and (line["impl"], line["launch"], line["metric"]) == (name, "graph", "fwd_bwd")
             ],
             strict=True,

@@ -1,0 +1,68 @@
+"""The tables of pipeline stages in docs/fp8.md and docs/pipeline.md, made from results files.
+
+    python benchmarks/stage_tables.py benchmarks/results/h100/te_blocks.jsonl
+    python benchmarks/stage_tables.py benchmarks/results/h200/overlap.jsonl
+
+Of a figure that was measured twice the last counts.
+"""
+
+import sys
+from pathlib import Path
+
+from kernel_table import Line, markdown, read
+
+_PLAIN = "megatron-core"
+
+
+def blocks(lines: list[Line]) -> str:
+    """What hyper-connections add to a stage of Transformer Engine blocks."""
+    rows: dict[tuple[str, str, str], dict[str, Line]] = {}
+    for line in lines:
+        shape = line["shape"]
+        key = (shape["model"], shape["dtype"], line["impl"])
+        rows.setdefault(key, {})[line["metric"]] = line
+    body = []
+    for (model, dtype, implementation), row in rows.items():
+        if implementation == _PLAIN:
+            continue
+        step, kernels, memory = (row.get(name) for name in ("step", "kernels", "memory"))
+        assert step is not None and memory is not None
+        body.append(
+            [
+                *(model, dtype, implementation.removeprefix("mhc_megatron.")),
+                f"{step['plain']:.1f} + {step['overhead']:.1f} %",
+                "" if kernels is None else f"{kernels['plain']:.1f} + {kernels['overhead']:.1f} %",
+                "" if kernels is None else f"{kernels['hyper_connections']:.2f}",
+                f"{(memory['value'] - memory['plain']) / 2**20:.0f}",
+            ]
+        )
+    head = ["model", "branches", "recompute", "step, ms", "kernels, ms", "of ours, ms", "MiB more"]
+    return markdown(head, body)
+
+
+def overlap(lines: list[Line]) -> str:
+    """A forward and a backward of a stage in every overlap mode."""
+    rows: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        rows.setdefault(line["impl"], {})[line["metric"]] = line
+    body = []
+    for implementation, row in rows.items():
+        pair = row["pair"]
+        body.append(
+            [
+                implementation.removeprefix("mhc_megatron."),
+                f"{pair['value']:.0f}",
+                f"{pair['predicted']:.0f}" if "predicted" in pair else "",
+                *(
+                    f"{row[name]['value']:.0f} % of {row[name]['total']:.1f} ms"
+                    for name in ("hidden_mhc", "hidden_exchanges")
+                ),
+            ]
+        )
+    head = ["overlap", "pair, ms", "predicted, ms", "hidden of mHC", "hidden of exchanges"]
+    return markdown(head, body)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    print({"te_blocks": blocks, "overlap": overlap}[path.stem](read(path)))
