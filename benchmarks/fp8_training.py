@@ -10,12 +10,12 @@ page with all curves in ``--out``.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,9 @@ from provenance import provenance
 
 from mhc_megatron.report.compare import write_comparison
 from mhc_megatron.report.run import Run, load_run, summarise
-from mhc_megatron.training.recipes import load_recipe
 
 RECIPE = "gpt-100m"
 DTYPES = ("bf16", "delayed", "tensorwise", "blockwise")
-RESIDUALS = ("mhc", "plain")
 # Kernels whose sums have one order; and what delayed scaling needs to be saved.
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -72,33 +70,41 @@ class Training:
         return ended.stderr[-2000:] if ended.returncode else None
 
 
-def record(
-    run: Run, training: Training, bf16: Run | None, twin: Run | None, shape: dict[str, Any]
-) -> dict[str, Any]:
+def record(training: Training, runs: Mapping[str, Run]) -> dict[str, Any]:
     """The result line of one run, without its provenance.
 
     Args:
-        run, training: the run.
-        bf16: the same residual in bf16.
-        twin: its repeat.
-        shape: of all runs.
+        training: the run.
+        runs: by name, it and those before it.
     """
-    losses = run.curve("loss").values
+    run = runs[training.name]
+    assert run.info is not None
+    config, losses = run.info.config, run.curve("loss").values
     value = summarise(training.name, run).train_loss
     line: dict[str, Any] = {
         "benchmark": "fp8_training",
         "impl": "mhc_megatron" if training.residual == "mhc" else "megatron_core",
-        "shape": {**shape, "dtype": training.dtype},
+        "shape": {
+            "T": config["micro_batch_size"] * config["model"]["seq_length"],
+            "C": config["model"]["hidden_size"],
+            "n": config["mhc"]["num_streams"] if training.residual == "mhc" else 1,
+            "layers": config["model"]["num_layers"],
+            "parameters": run.info.parameters,
+            "steps": len(losses),
+            "dtype": training.dtype,
+        },
         "metric": "final_loss",
         "value": value,
         "unit": "nats/token",
         "finite": all(map(math.isfinite, losses)),
         "curve": losses[::CURVE],
     }
+    bf16 = runs.get(Training(training.residual, "bf16").name)
     if bf16 is not None and value is not None:
         line["ratio_to_bf16"] = value / summarise("bf16", bf16).train_loss
-    if twin is not None:
-        line["deterministic"] = losses == twin.curve("loss").values
+    first = runs.get(Training(training.residual, training.dtype).name)
+    if training.repeat and first is not None:
+        line["deterministic"] = losses == first.curve("loss").values
     return line
 
 
@@ -113,36 +119,27 @@ def main() -> int:
     )
     parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
     args = parser.parse_args()
-    source, recipe = provenance(args.commit), load_recipe(RECIPE)
-    # Repeats first: with few workers the last runs are then the cheap ones.
+    source = provenance(args.commit)
     trainings = [
         Training("mhc", dtype, repeat) for dtype in args.dtypes for repeat in (False, True)
     ]
     trainings += [Training("plain", dtype) for dtype in args.dtypes]
-    with ThreadPoolExecutor(args.workers) as pool:
-        problems = pool.map(lambda training: training.train(args.out, args.set), trainings)
-        failed = {t.name: text for t, text in zip(trainings, problems, strict=True) if text}
-    for name, text in failed.items():
-        print(f"{name} failed:\n{text}", file=sys.stderr)
-    runs = {t.name: load_run(args.out / t.name) for t in trainings if t.name not in failed}
+    runs: dict[str, Run] = {}
+    failed: list[str] = []
     args.results.mkdir(parents=True, exist_ok=True)
-    with (args.results / "fp8_training.jsonl").open("a") as file:
-        for residual, dtype in itertools.product(RESIDUALS, args.dtypes):
-            training = Training(residual, dtype)
-            if (run := runs.get(training.name)) is None or run.info is None:
+    with ThreadPoolExecutor(args.workers) as pool:
+        # In their order, each as soon as it and those before it have ended.
+        for training, text in zip(
+            trainings, pool.map(lambda t: t.train(args.out, args.set), trainings), strict=True
+        ):
+            if text is not None:
+                failed.append(training.name)
+                print(f"{training.name} failed:\n{text}", file=sys.stderr, flush=True)
                 continue
-            model = run.info.config["model"]
-            shape = {
-                "T": run.info.config["micro_batch_size"] * model["seq_length"],
-                "C": model["hidden_size"],
-                "n": recipe.mhc.num_streams if residual == "mhc" else 1,
-                "layers": model["num_layers"],
-                "parameters": run.info.parameters,
-                "steps": len(run.curve("loss")),
-            }
-            twin = runs.get(Training(residual, dtype, repeat=True).name)
-            line = record(run, training, runs.get(f"{residual}-bf16"), twin, shape)
-            file.write(json.dumps({**line, **source}) + "\n")
+            runs[training.name] = load_run(args.out / training.name)
+            line = record(training, runs)
+            with (args.results / "fp8_training.jsonl").open("a") as file:
+                file.write(json.dumps({**line, **source}) + "\n")
             found = [f"{training.name}: loss {line['value']:.4f}"]
             found += [f"{k} {line[k]}" for k in ("ratio_to_bf16", "deterministic") if k in line]
             print(", ".join(found), flush=True)

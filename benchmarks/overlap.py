@@ -327,7 +327,7 @@ def measure(
     shape = {
         "model": size.name,
         "blocks": size.blocks,
-        "T": size.tokens,
+        "T": size.tokens * size.sequences,
         "C": size.channels,
         "n": STREAMS,
         "dtype": "bf16",
@@ -393,6 +393,9 @@ def main() -> int:
     sizes = {**SIZES, **TINY}
     parser.add_argument("--models", nargs="+", default=["27B"], choices=list(sizes))
     parser.add_argument("--blocks", type=int, help="of the stage (default: the model's)")
+    parser.add_argument(
+        "--sequences", type=int, default=1, help="of a micro-batch (default: %(default)s)"
+    )
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument(
         "--gigabytes-per-second",
@@ -409,7 +412,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     with one_process():
         for name in args.models:
-            size = sizes[name]
+            size = replace(sizes[name], sequences=args.sequences)
             if args.blocks is not None:
                 size = replace(size, blocks=args.blocks)
             for line, text in measure(size, device, args):

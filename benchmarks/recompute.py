@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from provenance import provenance
-from timing import copy_bandwidth, graph_times
+from timing import copy_bandwidth, graph_times, kernel_profile, our_kernels
 from torch import Tensor, nn
 
 from mhc_megatron import kernels
@@ -314,6 +314,29 @@ def step_lines(size: Size, repetitions: int) -> Iterator[dict[str, Any]]:
             "floor": round(base_time, 3),
             "ratio_to_floor": round(statistics.median(found) / base_time, 4),
             "launch": "eager",
+        }
+    profiles = {
+        name: kernel_profile(lambda mhc=mhc: stage(x, begin(mhc, size)).sum().backward())
+        for name, mhc in variants.items()
+    }
+    base_profile = profiles["none"]
+    total = sum(base_profile.values())
+    if not total:
+        print("the profiler sees no kernels here: their times are left out", file=sys.stderr)
+        return
+    for name, profile in profiles.items():
+        more = {k: round(ms - base_profile.get(k, 0.0), 3) for k, ms in profile.items()}
+        yield {
+            "benchmark": "recompute_time",
+            "impl": f"mhc_megatron.{name}",
+            "shape": shape(size),
+            "metric": "step_kernels",
+            "value": round(sum(profile.values()), 3),
+            "unit": "ms",
+            "hyper_connections": round(sum(profile.get(k, 0.0) for k in our_kernels()), 3),
+            "more": {k: ms for k, ms in more.items() if abs(ms) > 0.02},
+            "floor": round(total, 3),
+            "ratio_to_floor": round(sum(profile.values()) / total, 4),
         }
 
 

@@ -4,22 +4,20 @@
 
 A stage from the middle of a model, with Megatron's layer specs: blocks of the mHC paper's 3B, 9B
 and 27B models (table 5: MoE with MLA), and of a dense model of the size of 8B. Forward and backward
-of one micro-batch of 4096 tokens without hyper-connections, with them, and with their states
-recomputed, taking turns. All three have the same weights. The weights' FP8 copies are made once, as
-by the first micro-batch of a step; gradients are bf16 and start empty. The paper does not say the
-rank of MLA's queries: here it is that of the keys and values.
+of one micro-batch of sequences of 4096 tokens, without hyper-connections, with them, and with their
+states recomputed, taking turns. All three have the same weights. The weights' FP8 copies are made
+once, as by the first micro-batch of a step; gradients are bf16 and start empty. The paper does not
+say the rank of MLA's queries: here it is that of the keys and values.
 Appends to ``<results>/te_blocks.jsonl`` (format: benchmarks/README.md) as it goes.
 """
 
 import argparse
-import importlib
 import json
-import pkgutil
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,10 @@ from alone import one_process
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from provenance import provenance
+from timing import kernel_profile, our_kernels
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.kernels import triton
 from mhc_megatron.megatron.chunks import stage_place
 from mhc_megatron.megatron.spec import gpt_block_spec
 
@@ -56,7 +54,8 @@ class Size:
         experts: routed ones, six of them active and two shared beside them; None for a dense MLP
             and grouped-query attention with eight key/value heads.
         blocks: in the stage.
-        tokens: of the micro-batch.
+        tokens: of a sequence.
+        sequences: of the micro-batch. With few the host that launches may be slower than the GPU.
     """
 
     name: str
@@ -66,6 +65,7 @@ class Size:
     experts: int | None = None
     blocks: int = 4
     tokens: int = 4096
+    sequences: int = 1
 
 
 SIZES = {
@@ -172,10 +172,12 @@ class Stage:
         device = next(self.chunk.parameters()).device
         width = size.channels * (1 if mhc is None else STREAMS)
         generator = torch.Generator(device).manual_seed(1)
-        one = torch.randn(size.tokens, 1, size.channels, generator=generator, device=device)
+        one = torch.randn(
+            size.tokens, size.sequences, size.channels, generator=generator, device=device
+        )
         self.x = one.bfloat16().repeat(1, 1, width // size.channels).requires_grad_()
         self.grad = torch.randn(self.x.shape, device=device, dtype=torch.bfloat16) / size.tokens
-        self.positions = torch.arange(size.tokens, device=device)[None]
+        self.positions = torch.arange(size.tokens, device=device).repeat(size.sequences, 1)
 
     def forget(self) -> None:
         """Take the gradients away."""
@@ -191,29 +193,11 @@ class Stage:
         return output.detach()
 
 
-def our_kernels() -> set[str]:
-    """Names of the kernels of hyper-connections, as a profiler sees them."""
-    return {
-        name
-        for info in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}.")
-        for name, value in vars(importlib.import_module(info.name)).items()
-        if type(value).__name__ == "JITFunction"
-    }
-
-
 def kernel_times(stage: Stage) -> tuple[float, float]:
     """Milliseconds that a step's kernels take, one after the other: all, and ours."""
     stage.forget()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        stage.step()
-        torch.cuda.synchronize()
-    ours, names = 0.0, our_kernels()
-    every = 0.0
-    for event in profiler.key_averages():
-        every += event.self_device_time_total / 1e3
-        if event.key in names:
-            ours += event.self_device_time_total / 1e3
-    return every, ours
+    times, ours = kernel_profile(stage.step), our_kernels()
+    return sum(times.values()), sum(ms for name, ms in times.items() if name in ours)
 
 
 def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[str, Any]]:
@@ -248,7 +232,7 @@ def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[s
             "value": round(median, 3),
             "spread": [round(min(found), 3), round(max(found), 3)],
             "unit": "ms",
-            "tokens_per_s": round(size.tokens / median * 1e3),
+            "tokens_per_s": round(size.tokens * size.sequences / median * 1e3),
             "plain": round(plain_time, 3),
             "overhead": round(100 * (median / plain_time - 1), 2),
             "launch": "eager",
@@ -285,7 +269,7 @@ def common_keys(size: Size, recipe: str | None, variant: str) -> dict[str, Any]:
         "shape": {
             "model": size.name,
             "blocks": size.blocks,
-            "T": size.tokens,
+            "T": size.tokens * size.sequences,
             "C": size.channels,
             "n": 1 if variant == PLAIN else STREAMS,
             "dtype": "bf16" if recipe is None else f"fp8_{recipe}",
@@ -319,6 +303,9 @@ def main() -> int:
         choices=["bf16", "delayed", "tensorwise", "blockwise"],
         help="bf16, or FP8 by recipe (default: %(default)s)",
     )
+    parser.add_argument(
+        "--sequences", type=int, default=1, help="of the micro-batch (default: %(default)s)"
+    )
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument(
         "--seconds",
@@ -341,7 +328,8 @@ def main() -> int:
                     left.append(f"{name} {dtype}")
                     continue
                 recipe = None if dtype == "bf16" else dtype
-                for line in measure(SIZES[name], recipe, args.repetitions):
+                size = replace(SIZES[name], sequences=args.sequences)
+                for line in measure(size, recipe, args.repetitions):
                     with (args.results / "te_blocks.jsonl").open("a") as file:
                         file.write(json.dumps({**line, **source}) + "\n")
                     print(show(line), flush=True)

@@ -1,11 +1,15 @@
 """Times of GPU work: CUDA-graph replays, eager launches, and the bandwidth of a plain copy."""
 
+import importlib
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from mhc_megatron.kernels import triton
 
 
 class Times(NamedTuple):
@@ -88,6 +92,25 @@ def host_times(call: Callable[[], object], *, repetitions: int = 30) -> Times:
         times.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize()
     return Times(statistics.median(times), min(times), max(times))
+
+
+def our_kernels() -> set[str]:
+    """Names of the kernels of hyper-connections, as a profiler sees them."""
+    return {
+        name
+        for info in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}.")
+        for name, value in vars(importlib.import_module(info.name)).items()
+        if type(value).__name__ == "JITFunction"
+    }
+
+
+def kernel_profile(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a call's kernels by name, one after the other; empty where none are seen."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = profiler.key_averages()
+    return {event.key: event.self_device_time_total / 1e3 for event in events}
 
 
 class _Nothing(torch.autograd.Function):
