@@ -90,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="sublayers rebuilt from one kept state (default: the best; 0 keeps everything)",
     )
+    size.add_argument(
+        "--messages",
+        choices=("model", "fp8"),
+        help="what stages send each other, as parallel.messages (default: model)",
+    )
     pair = parser.add_argument_group(
         "overlap", "what parallel.overlap makes of a forward beside a backward; layers are alike"
     )
@@ -249,6 +254,7 @@ def _size(args: argparse.Namespace, schedule: "Schedule") -> "StageSize | None":
         "micro_batch_size": args.micro_batch_size,
         "num_layers": args.layers,
         "recompute_block": args.recompute_block,
+        "fp8_messages": None if args.messages is None else args.messages == "fp8",
     }
     given = {name: value for name, value in given.items() if value is not None}
     if args.hidden is None or args.seq is None:

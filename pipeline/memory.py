@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mhc_megatron.pipeline.blocks import best_block, check_block, kept_width, rebuilt_width
 from mhc_megatron.pipeline.errors import ScheduleError
+from mhc_megatron.pipeline.fp8_size import packed_size
 
 _SUBLAYERS = 2  # attention and MLP, each with a hyper-connection of its own
 
@@ -29,6 +30,7 @@ class StageSize:
             without dropout, 12 C in two branches: Korthikanti et al. (arXiv 2205.05198) without
             the scores, the dropout masks and the inputs, which are counted here as streams.
         element_bytes: 2 for bf16.
+        fp8_messages: stages send eight bits a number, and their scales (``fp8_size``).
 
     Raises:
         ScheduleError: a number is out of range.
@@ -42,15 +44,23 @@ class StageSize:
     recompute_block: int | None = None
     branch_width: int = 6
     element_bytes: int = 2
+    fp8_messages: bool = False
 
     def __post_init__(self) -> None:
-        lowest = {"recompute_block": 0, "branch_width": 0}
+        lowest = {"recompute_block": 0, "branch_width": 0, "fp8_messages": 0}
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), lowest.get(field.name, 1)
             if value is not None and value < least:
                 raise ScheduleError(f"{field.name}={value} must be at least {least}")
         if self.recompute_block is not None:
             check_block(self.recompute_block, num_sublayers=self.num_sublayers)
+        if self.fp8_messages:
+            try:
+                packed_size(self._message)
+            except ValueError as error:
+                raise ScheduleError(
+                    f"{error}; change hidden, or send messages as they are"
+                ) from None
 
     @property
     def num_sublayers(self) -> int:
@@ -85,7 +95,11 @@ class StageSize:
     @property
     def message_bytes(self) -> int:
         """One activation or gradient between stages: [s, b, n*C]."""
-        return self._bytes(self.streams)
+        return packed_size(self._message) if self.fp8_messages else self._bytes(self.streams)
+
+    @property
+    def _message(self) -> tuple[int, int, int]:
+        return self.seq, self.micro_batch_size, self.streams * self.hidden
 
     def _bytes(self, width: int) -> int:
         return self.seq * self.micro_batch_size * self.hidden * self.element_bytes * width

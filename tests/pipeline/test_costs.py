@@ -1,5 +1,7 @@
 """Cost files, and the bytes of a stage."""
 
+import dataclasses
+
 import pytest
 
 from mhc_megatron.pipeline.costs import Costs, StageCosts, costs_from_json
@@ -7,6 +9,14 @@ from mhc_megatron.pipeline.errors import ScheduleError
 from mhc_megatron.pipeline.memory import StageSize
 
 _FIELDS = "default, stages, latency, message_bytes, bandwidth, unit"
+
+
+def test_messages_in_fp8_are_bytes_and_their_scales() -> None:
+    size = StageSize(hidden=64, seq=10, micro_batch_size=3, streams=4, fp8_messages=True)
+    assert size.message_bytes == 10 * 3 * (256 + 2)
+    assert size.held_bytes == dataclasses.replace(size, fp8_messages=False).held_bytes
+    with pytest.raises(ScheduleError, match=r"shape \(10, 3, 40\) is not made of blocks of 128"):
+        dataclasses.replace(size, hidden=10)
 
 
 def test_costs_from_json() -> None:

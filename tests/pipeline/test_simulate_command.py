@@ -45,6 +45,19 @@ def test_costs_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "makespan                    11 ms" in capsys.readouterr().out
 
 
+def test_messages_in_fp8_take_their_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "costs.json"
+    # A message of n*C = 256 numbers a token: 512 bytes, or 256 and two scales.
+    file.write_text('{"bandwidth": 1, "default": {"forward": 10000, "dgrad": 1, "wgrad": 0}}')
+    step = ("--schedule", "one_f_one_b", "--ranks", "2", "--micro-batches", "1")
+    sizes = ("--costs", str(file), "--hidden", "64", "--seq", "1", "--messages")
+    for messages, bytes_sent in (("model", 512), ("fp8", 258)):
+        assert _run(*step, *sizes, messages) == 0
+        assert f"makespan                    {20002 + 2 * bytes_sent:,}" in capsys.readouterr().out
+
+
 STEP = ("--ranks", "4", "--micro-batches", "8")
 GPIPE = ("--schedule", "gpipe", *STEP)
 PAIRED = ("--schedule", "dualpipe_v", "--ranks", "4", "--micro-batches", "10")
