@@ -1,7 +1,7 @@
-"""The tables of pipeline stages in docs/fp8.md and docs/pipeline.md, made from results files.
+"""Tables of pipeline stages, made from results files: that of docs/fp8.md, and of overlap.
 
     python benchmarks/stage_tables.py benchmarks/results/h100/te_blocks.jsonl
-    python benchmarks/stage_tables.py benchmarks/results/h200/overlap.jsonl
+    python benchmarks/stage_tables.py overlap.jsonl
 
 Of a figure that was measured twice the last counts.
 """

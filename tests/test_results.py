@@ -41,19 +41,27 @@ def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], A
     assert (ROOT / "docs" / "recompute_memory.svg").read_text() == tables.draw(memory)
 
 
-@pytest.mark.parametrize(
-    ("page", "table", "file"),
-    [
-        ("fp8.md", "blocks", "h100/te_blocks.jsonl"),
-        ("pipeline.md", "overlap", "h200/overlap.jsonl"),
-    ],
-)
-def test_the_pages_of_stages_show_the_results_files(
-    page: str, table: str, file: str, benchmark: Callable[[str], Any]
-) -> None:
-    lines = benchmark("kernel_table").read(ROOT / "benchmarks" / "results" / file)
-    shown = (ROOT / "docs" / page).read_text()
-    assert getattr(benchmark("stage_tables"), table)(lines) in shown
+def test_the_fp8_page_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
+    lines = benchmark("kernel_table").read(KERNELS.with_name("te_blocks.jsonl"))
+    page = (ROOT / "docs" / "fp8.md").read_text()
+    assert benchmark("stage_tables").blocks(lines) in page
+
+
+def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
+    def line(impl: str, metric: str, **values: float) -> dict[str, Any]:
+        return {"impl": f"mhc_megatron.{impl}", "metric": metric, **values}
+
+    lines = [
+        line("none", "pair", value=99.0),
+        line("none", "pair", value=100.0),
+        *(line("none", f"hidden_{what}", value=0.0, total=2.5) for what in ("mhc", "exchanges")),
+        line("all", "pair", value=80.4, predicted=78.0),
+        *(line("all", f"hidden_{what}", value=71.6, total=2.5) for what in ("mhc", "exchanges")),
+    ]
+    assert benchmark("stage_tables").overlap(lines).splitlines()[2:] == [
+        "| none | 100 |  | 0 % of 2.5 ms | 0 % of 2.5 ms |",
+        "| all | 80 | 78 | 72 % of 2.5 ms | 72 % of 2.5 ms |",
+    ]
 
 
 def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
