@@ -17,6 +17,7 @@ from ranks import Ranks
 from torch import Tensor
 
 from mhc_megatron.launch.environment import World
+from mhc_megatron.message_blocks import MessageBlocks
 from mhc_megatron.pipeline.actions import Compute, Op, Transfer
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.distributed import DistributedTransport
@@ -48,7 +49,7 @@ def seconds_per_message(
         transport = DistributedTransport(
             generate("one_f_one_b", num_ranks=2, num_mb=1), range(2), device=device
         )
-        packed = FP8Transport(transport)
+        packed = FP8Transport(transport, MessageBlocks())
         for width in widths:
             for both in (False, True):
                 for name, exchange in (

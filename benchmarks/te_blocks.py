@@ -27,12 +27,13 @@ from alone import one_process
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from provenance import provenance
-from timing import kernel_profile, our_kernels
+from timing import kernel_profile
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.megatron.chunks import stage_place
 from mhc_megatron.megatron.spec import gpt_block_spec
+from mhc_megatron.report.gpu_kinds import mhc_kernel_names
 
 STAGES, STAGE = 3, 1  # the middle one of three alike
 STREAMS = 4
@@ -196,7 +197,7 @@ class Stage:
 def kernel_times(stage: Stage) -> tuple[float, float]:
     """Milliseconds that a step's kernels take, one after the other: all, and ours."""
     stage.forget()
-    times, ours = kernel_profile(stage.step), our_kernels()
+    times, ours = kernel_profile(stage.step), mhc_kernel_names()
     return sum(times.values()), sum(ms for name, ms in times.items() if name in ours)
 
 

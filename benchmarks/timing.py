@@ -1,15 +1,11 @@
 """Times of GPU work: CUDA-graph replays, eager launches, and the bandwidth of a plain copy."""
 
-import importlib
-import pkgutil
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-
-from mhc_megatron.kernels import triton
 
 
 class Times(NamedTuple):
@@ -92,16 +88,6 @@ def host_times(call: Callable[[], object], *, repetitions: int = 30) -> Times:
         times.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize()
     return Times(statistics.median(times), min(times), max(times))
-
-
-def our_kernels() -> set[str]:
-    """Names of the kernels of hyper-connections, as a profiler sees them."""
-    return {
-        name
-        for info in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}.")
-        for name, value in vars(importlib.import_module(info.name)).items()
-        if type(value).__name__ == "JITFunction"
-    }
 
 
 def kernel_profile(call: Callable[[], object]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mhc_megatron.megatron.p2p import stream_p2p
 from mhc_megatron.megatron.schedule import ForwardBackward
+from mhc_megatron.message_blocks import MessageBlocks
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.distributed import DistributedTransport
 from mhc_megatron.pipeline.fp8_transport import FP8Transport
@@ -90,7 +91,8 @@ def forward_backward_func(
             timeout=timedelta(minutes=config.timeout_minutes),
         )
         if config.parallel.messages == "fp8":
-            transport = FP8Transport(transport)
+            backend = config.mhc.backend if config.model.residual == "mhc" else "auto"
+            transport = FP8Transport(transport, MessageBlocks(backend))
         return ForwardBackward(
             schedule, transport, hidden_parts=config.hidden_parts, overlap=config.parallel.overlap
         )

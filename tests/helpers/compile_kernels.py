@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import head_launch, launch
+from mhc_megatron.kernels.triton import fp8_launch, head_launch, launch
 from mhc_megatron.kernels.triton.arguments import Norm, Parameters
 from mhc_megatron.kernels.triton.compiled import Launch
 from mhc_megatron.kernels.triton.head_launch import HeadParameters
@@ -28,7 +28,12 @@ from mhc_megatron.kernels.triton.head_tiles import default_head_tiles
 from mhc_megatron.kernels.triton.tiles import default_tiles
 
 SHARED_MEMORY = 227 * 1024
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+}
 REBUILT = 5  # states, and one more branch input: a block of six sublayers
 
 
@@ -200,6 +205,14 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
         )
 
 
+def messages(n: int, channels: int, dtype: torch.dtype) -> None:
+    """A message in eight bits, packed and unpacked."""
+    tensor = meta(4096, 1, n * channels, dtype=dtype)
+    packed = meta(tensor.numel() + tensor.numel() // 128, dtype=torch.uint8)
+    fp8_launch.pack(tensor, packed, 128)
+    fp8_launch.unpack(packed, tensor, 128)
+
+
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=") for argument in arguments)
     sizes = (int(given.get("n", "4")), int(given.get("C", "2560")))
@@ -207,6 +220,7 @@ def main(arguments: list[str]) -> None:
     recorders = record_launches()
     training_step(*sizes, dtype, given.get("projection", "sinkhorn"))
     ends_of_a_model(*sizes, dtype)
+    messages(*sizes, dtype)
     for recorder in recorders.values():
         if given.get("kernel", recorder.kernel.__name__) != recorder.kernel.__name__:
             continue

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mhc_megatron.message_blocks import MessageBlocks
 from mhc_megatron.pipeline.actions import Transfer
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.executor import execute
-from mhc_megatron.pipeline.fp8_blocks import pack, unpack
 from mhc_megatron.pipeline.fp8_size import BLOCK, packed_size
 from mhc_megatron.pipeline.fp8_transport import FP8Transport
 from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
@@ -21,6 +21,8 @@ from mhc_megatron.pipeline.lower import lower_rank
 from mhc_megatron.pipeline.stage import AutogradStage
 from mhc_megatron.pipeline.transport import Message
 
+CODEC = MessageBlocks(backend="reference")
+pack, unpack = CODEC.pack, CODEC.unpack
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EVERY_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 SHAPE = (3, 2, 2 * BLOCK)
@@ -155,7 +157,7 @@ def test_a_pipeline_equals_a_loop_that_rounds_between_ranks(name: str, dtype: to
         return execute(
             lower_rank(schedule, transport.rank),
             {number: stage(number) for number in schedule.placement.stages_on(transport.rank)},
-            FP8Transport(counted),
+            FP8Transport(counted, CODEC),
             num_stages=schedule.num_stages,
             message=Message(shape=shape, dtype=dtype, device=torch.device("cpu")),
         )
