@@ -247,39 +247,49 @@ def memory_lines(size: Size) -> Iterator[dict[str, Any]]:
 def kernel_lines(size: Size, bandwidth: float) -> Iterator[dict[str, Any]]:
     """The rebuild of one block by CUDA-graph replay, over three sets of operands."""
     n, channels = size.streams, size.channels
-    mhc = MHCConfig(num_streams=n)
     for block in KERNEL_BLOCKS:
-        calls = []
-        for seed in range(3):
-            x = inputs(size, seed).detach().unflatten(-1, (n, -1))
-            connection = HyperConnection(mhc, hidden_size=channels, sublayer=0).to(size.device)
-            with torch.no_grad():
-                _, mix = connection.pre(x.flatten(-2))
-            branches = [torch.randn_like(x[..., 0, :]) for _ in range(block - 1)]
-            out = kernels.rebuild(x, branches, [mix] * block)
-            # Memory of its own for each sublayer's coefficients.
-            mixes = [
-                kernels.PackedMappings(mix.packed.clone(), n, mix.tokens) for _ in range(block)
-            ]
-            calls.append(
-                lambda x=x, f=branches, m=mixes, out=out: kernels.rebuild(x, f, m, out=out)
-            )
-        times = graph_times(calls)
         elements = n * block + 2 * block - 1  # read x, f; write x' and u
         least = size.tokens * (channels * 2 * elements + 4 * (n * (n + 2) * block - n * (n + 1)))
         floor = least / bandwidth * 1e6
-        yield {
-            "benchmark": "recompute_time",
-            "impl": "mhc_megatron.rebuild",
-            "shape": {**shape(size), "L": block},
-            "metric": "rebuild",
-            "value": round(times.median, 2),
-            "spread": [round(times.least, 2), round(times.most, 2)],
-            "unit": "us",
-            "floor": round(floor, 2),
-            "ratio_to_floor": round(times.median / floor, 3),
-            "launch": "graph",
-        }
+        for name, has_norms in (("rebuild", False), ("rebuild with norms", True)):
+            calls = [rebuild_call(size, block, seed, has_norms) for seed in range(3)]
+            times = graph_times(calls)
+            yield {
+                "benchmark": "recompute_time",
+                "impl": f"mhc_megatron.{name}",
+                "shape": {**shape(size), "L": block},
+                "metric": "rebuild",
+                "value": round(times.median, 2),
+                "spread": [round(times.least, 2), round(times.most, 2)],
+                "unit": "us",
+                "floor": round(floor, 2),
+                "ratio_to_floor": round(times.median / floor, 3),
+                "launch": "graph",
+            }
+
+
+def rebuild_call(size: Size, block: int, seed: int, has_norms: bool) -> Callable[[], object]:
+    """A rebuild with operands of its own, each sublayer's coefficients among them."""
+    n, channels = size.streams, size.channels
+    x = inputs(size, seed).detach().unflatten(-1, (n, -1))
+    connection = HyperConnection(MHCConfig(num_streams=n), hidden_size=channels, sublayer=0)
+    norm = BranchNorm(channels).to(size.device, x.dtype) if has_norms else None
+    with torch.no_grad():
+        _, mix = connection.to(size.device).pre(x.flatten(-2), norm=norm)
+    assert isinstance(mix, kernels.PackedMappings)
+    mixes = [
+        kernels.PackedMappings(
+            mix.packed.clone(),
+            n,
+            mix.tokens,
+            inverse_rms=None if mix.inverse_rms is None else mix.inverse_rms.clone(),
+        )
+        for _ in range(block)
+    ]
+    branches = [torch.randn_like(x[..., 0, :]) for _ in range(block - 1)]
+    norms = [None if norm is None else norm.weight.data] * block
+    out = kernels.rebuild(x, branches, mixes, norm_weights=norms)
+    return lambda: kernels.rebuild(x, branches, mixes, norm_weights=norms, out=out)
 
 
 def step_lines(size: Size, repetitions: int) -> Iterator[dict[str, Any]]:

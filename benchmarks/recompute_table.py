@@ -37,7 +37,7 @@ def time(lines: list[Record]) -> str:
     """The rebuild of a block beside its least bytes, and the step beside that of ``none``."""
     body = [
         [
-            f"rebuild of {line['shape']['L']}",
+            f"{line['impl'].removeprefix('mhc_megatron.')} of {line['shape']['L']}",
             f"{line['value']:.0f} us",
             f"{line['ratio_to_floor']:.2f}",
         ]

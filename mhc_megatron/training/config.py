@@ -140,6 +140,8 @@ class TrainConfig:
         save_interval: steps between checkpoints; 0 saves only at the end.
         async_save: write checkpoints in the background while training goes on.
         keep_checkpoints: how many of the newest complete checkpoints stay on disk.
+        profile_step: this step, counted from 1, is recorded by torch's profiler on every rank, into
+            ``out``/traces; 0 for none. Recording makes the step longer.
         timeout_minutes: until a process that does not answer the others is an error.
         out: run directory: metrics, report, TensorBoard, checkpoints.
         transformer_impl: ``local`` (megatron-core's own modules) or ``transformer_engine``.
@@ -167,6 +169,7 @@ class TrainConfig:
     save_interval: int = 0
     async_save: bool = False
     keep_checkpoints: int = 2
+    profile_step: int = 0
     timeout_minutes: float = 10.0
     out: str = "runs/train"
     transformer_impl: Literal["local", "transformer_engine"] = "local"
@@ -177,6 +180,11 @@ class TrainConfig:
         for name in ("steps", "micro_batch_size", "global_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.profile_step <= self.steps:
+            raise UserError(
+                f"profile_step={self.profile_step} is none of the steps 1 to {self.steps}; choose "
+                "one, or 0 for none"
+            )
         if self.timeout_minutes <= 0:
             raise UserError(f"timeout_minutes={self.timeout_minutes} must be positive")
         self.guard.check_saves(self.save_interval)

@@ -5,6 +5,7 @@ from mhc_megatron.report.heartbeat import FINISHED
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.heartbeat import hang_report
 from mhc_megatron.training.record import RunRecord
+from mhc_megatron.training.recorded import recorded
 from mhc_megatron.training.rollback import Rollbacks
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.stop import StopRequest, ask_to_be_queued_again
@@ -37,7 +38,8 @@ def train(config: TrainConfig, world: World, stop: StopRequest) -> None:
                 if rollbacks.leaves_out(step + 1):
                     record.left_out(step + 1)
                 else:
-                    metrics = trainer.step(step)
+                    with recorded(config, step + 1):
+                        metrics = trainer.step(step)
                     problem = rollbacks.problem(step + 1, metrics)
                     if problem is not None:
                         rollback = rollbacks.roll_back(trainer, step + 1, problem)
