@@ -3,7 +3,7 @@
     python benchmarks/message_training.py --out runs/messages --results benchmarks/results/cpu
 
 Recipe ``stdlib-small-dualpipe-v``, four stages on two processes, from the same seeds on the same
-data. Seeds differ from each other by what chance does; formats, seed by seed, by what rounding does.
+data. Seeds differ by what chance does, formats of one seed by what rounding does.
 Appends one line per format to ``<results>/message_training.jsonl`` (format: benchmarks/README.md).
 """
 
