@@ -1,7 +1,9 @@
 """A distributed runtime of one process, for Megatron's modules that ask for their groups."""
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 from mhc_megatron.launch.environment import World
@@ -11,7 +13,12 @@ from mhc_megatron.training.runtime import distributed_runtime
 
 @contextlib.contextmanager
 def one_process(backend: str | None = None) -> Iterator[None]:
-    """Initialised while the context is open; ``backend`` as for ``distributed_runtime``."""
+    """Initialised while the context is open; ``backend`` as for ``distributed_runtime``.
+
+    Megatron's and torch's notes on deprecations stay out of the output from then on.
+    """
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     single = TrainConfig(micro_batch_size=1, global_batch_size=1)
     world = World(rank=0, local_rank=0, world_size=1)

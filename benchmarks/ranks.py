@@ -6,7 +6,6 @@ The pool, and the jobs that build a model under any layout, are those of the tes
 import faulthandler
 import importlib
 import logging
-import math
 import sys
 import time
 import warnings
@@ -54,13 +53,12 @@ class Ranks:
     def __init__(self, num_ranks: int, *, patience: float = 1.0) -> None:
         self.num_ranks, self._patience = num_ranks, patience
         self._pool: WorkerPool | None = None
-        self._deadline = time.monotonic()
+        self._allowed = 0.0
+        self._deadline: float | None = None
 
     def begin(self, seconds: float) -> None:
-        """Jobs have to end within ``seconds`` from now; the starts of processes do not count."""
-        self._deadline = math.inf
-        self._start()
-        self._deadline = time.monotonic() + seconds * self._patience
+        """Jobs have to end within ``seconds`` from the first; starts of processes do not count."""
+        self._allowed, self._deadline = seconds * self._patience, None
 
     def run(
         self, job: Callable[..., Any], num_ranks: int, *arguments: Any, seconds: float
@@ -71,7 +69,7 @@ class Ranks:
             job: a function of a module, which the processes import.
             num_ranks: that take part.
             arguments: of the job after rank and number of ranks.
-            seconds: limit of this job; what is left since ``begin`` counts as well.
+            seconds: limit of this job; what is left of ``begin``'s counts as well.
 
         Raises:
             WorkerFailed: it failed on some rank, or took too long; the processes are gone.
@@ -81,10 +79,11 @@ class Ranks:
     def _start(self) -> WorkerPool:
         if self._pool is None or not all(p.is_alive() for p in self._pool.processes):
             self.close()
-            began, left = time.monotonic(), self._deadline
-            self._pool, self._deadline = WorkerPool(self.num_ranks), math.inf
-            self._run(self._pool, STARTING, start, self.num_ranks)
-            self._deadline = left + time.monotonic() - began
+            began, pool = time.monotonic(), WorkerPool(self.num_ranks)
+            self._pool, pool.timeout = pool, STARTING * self._patience
+            pool.run(start, self.num_ranks)
+            if self._deadline is not None:
+                self._deadline += time.monotonic() - began
         return self._pool
 
     def _run(
@@ -95,6 +94,8 @@ class Ranks:
         num_ranks: int,
         *arguments: Any,
     ) -> list[Any]:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._allowed
         left = min(seconds * self._patience, self._deadline - time.monotonic())
         if left <= 0:
             raise WorkerFailed("no time is left for it")
