@@ -64,3 +64,30 @@ def test_fp8_is_near_bf16_and_not_bf16(recipe: str) -> None:
     error = (rounded.float() - plain.float()).norm() / plain.float().norm()
     # e4m3 keeps three bits of mantissa: products of rounded numbers are off by a few percent.
     assert 1e-4 < float(error) < 0.1
+
+
+def test_a_captured_stack_has_the_bits_of_eager_calls() -> None:
+    """Forward and backward as CUDA graphs: blocks, hyper-connections and both ends."""
+    torch.manual_seed(0)
+    stack = TEStack(CONFIG, MHCConfig(backend="triton"), num_layers=2)
+    randomise([stack], seed=1)
+    shape = (128, 2, 256)
+    sample, hidden = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+
+    def run(call: Any) -> list[Tensor]:
+        stack.zero_grad(set_to_none=True)
+        hidden.grad = None
+        out = call(hidden)
+        out.float().square().mean().backward()
+        return [
+            out.detach().clone(),
+            *(leaf.grad.clone() for leaf in (hidden, *stack.parameters())),
+        ]
+
+    expected = run(stack)
+    captured = torch.cuda.make_graphed_callables(stack, (sample,))
+    for _ in range(2):
+        assert all(map(torch.equal, run(captured), expected))
