@@ -1,6 +1,7 @@
-"""Tables of pipeline stages, made from results files: that of docs/fp8.md, and of overlap.
+"""Tables of pipeline stages, made from results files: those of docs/fp8.md, and of overlap.
 
     python benchmarks/stage_tables.py benchmarks/results/h100/te_blocks.jsonl
+    python benchmarks/stage_tables.py benchmarks/results/cpu/message_training.jsonl
     python benchmarks/stage_tables.py overlap.jsonl
 
 Of a figure that was measured twice the last counts.
@@ -63,6 +64,18 @@ def overlap(lines: list[Line]) -> str:
     return markdown(head, body)
 
 
+def messages(lines: list[Line]) -> str:
+    """Validation losses of pipelines by the format of their messages, a column per seed."""
+    latest = {line["shape"]["messages"]: line for line in lines}
+    body = [
+        [name, *(f"{losses['valid']:.3f}" for losses in line["by_seed"])]
+        for name, line in latest.items()
+    ]
+    seeds = [f"seed {number}" for number in range(1, len(body[0]))]
+    return markdown(["messages", *seeds], body)
+
+
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    print({"te_blocks": blocks, "overlap": overlap}[path.stem](read(path)))
+    tables = {"te_blocks": blocks, "overlap": overlap, "message_training": messages}
+    print(tables[path.stem](read(path)))

@@ -41,10 +41,13 @@ def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], A
     assert (ROOT / "docs" / "recompute_memory.svg").read_text() == tables.draw(memory)
 
 
-def test_the_fp8_page_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
+def test_the_fp8_page_shows_the_results_files(benchmark: Callable[[str], Any]) -> None:
     lines = benchmark("kernel_table").read(KERNELS.with_name("te_blocks.jsonl"))
     page = (ROOT / "docs" / "fp8.md").read_text()
-    assert benchmark("stage_tables").blocks(lines) in page
+    tables = benchmark("stage_tables")
+    assert tables.blocks(lines) in page
+    cpu = ROOT / "benchmarks" / "results" / "cpu" / "message_training.jsonl"
+    assert tables.messages(benchmark("kernel_table").read(cpu)) in page
 
 
 def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
