@@ -8,12 +8,16 @@ is the same to the last bit.
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mhc_megatron.errors import UserError
+
+# Modules that ``_ignore_buffers`` has seen: every step asks for the queues of its chunks anew.
+_IGNORING: WeakSet[nn.Module] = WeakSet()
 
 
 def delay_weight_gradients(config: TransformerConfig) -> None:
@@ -81,19 +85,19 @@ def _queues(module: Any) -> bool:
 
 
 def _ignore_buffers(module: Any) -> None:
-    """Let autograd add nothing for weights that are queued.
+    """Let autograd add nothing for weights that are queued; once per module.
 
     GroupedLinear (Transformer Engine 2.20) hands autograd the memory into which ``backward_dw``
     will write, with whatever is there. Under Megatron's DDP its hooks look at what ``backward_dw``
     leaves alone; without, autograd would add that memory to the gradients.
     """
-    if not hasattr(module, "num_gemms"):
+    if not hasattr(module, "num_gemms") or module in _IGNORING:
         return
+    _IGNORING.add(module)
+    hooks = module.wgrad_accumulation_and_reduce_hooks
 
     def nothing(buffer: Tensor) -> Tensor:
-        if module.wgrad_accumulation_and_reduce_hooks:
-            return buffer
-        return torch.zeros_like(buffer)
+        return buffer if hooks else torch.zeros_like(buffer)
 
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("weight"):

@@ -210,6 +210,14 @@ def test_the_hooks_of_ddp_take_every_gradient() -> None:
     assert all(torch.allclose(total, same[names[p]]) for p, total in main.items())
 
 
+def test_asking_at_every_step_leaves_one_hook() -> None:
+    chunk = Chunk(delay=True)
+    for _ in range(3):
+        QueuedWeightGrads(chunk)
+    assert len(chunk.experts.weight0._backward_hooks) == 1
+    assert not chunk.first.weight._backward_hooks
+
+
 def test_a_chunk_without_such_modules_queues_nothing() -> None:
     assert not QueuedWeightGrads(nn.Linear(2, 2))
     assert not QueuedWeightGrads(Chunk(delay=False))
