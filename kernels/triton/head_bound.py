@@ -1,6 +1,7 @@
 """The kernels of ``expand`` and the contractions bound to their constants; as in bound.py."""
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -12,22 +13,10 @@ from mhc_megatron.kernels.triton.tiles import Tile
 
 
 @cache
-def expand_fwd(n: int, channels: int, divisor: int, tile: Tile) -> Launch:
+def plain(kernel: Any, n: int, channels: int, divisor: int, tile: Tile) -> Launch:
+    """``expand_fwd`` or ``contract_fwd``."""
     return Launch(
-        head_forward.expand_fwd,
-        C=channels,
-        N=n,
-        DIVISOR=divisor,
-        BT=tile.tokens,
-        BC=tile.channels,
-        num_warps=tile.num_warps,
-    )
-
-
-@cache
-def contract_fwd(n: int, channels: int, divisor: int, tile: Tile) -> Launch:
-    return Launch(
-        head_forward.contract_fwd,
+        kernel,
         C=channels,
         N=n,
         DIVISOR=divisor,

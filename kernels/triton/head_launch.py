@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhc_megatron.kernels.triton import head_bound
+from mhc_megatron.kernels.triton import head_bound, head_forward
 from mhc_megatron.kernels.triton.arguments import Shape, blocks
 from mhc_megatron.kernels.triton.bound import ELEMENTS
 from mhc_megatron.kernels.triton.head_tiles import HeadTiles
@@ -27,7 +27,7 @@ def expand(hidden: Tensor, num_streams: int, *, divisor: int, tile: Tile) -> Ten
     streams = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
     num_tokens = hidden.numel() // channels
     if num_tokens:
-        kernel = head_bound.expand_fwd(num_streams, channels, divisor, tile)
+        kernel = head_bound.plain(head_forward.expand_fwd, num_streams, channels, divisor, tile)
         grid = (blocks(num_tokens, tile.tokens), blocks(channels, tile.channels))
         kernel(grid, (hidden, streams), (num_tokens,))
     return streams
@@ -39,7 +39,7 @@ def contract(streams: Tensor, *, divisor: int, tile: Tile) -> Tensor:
     shape = (*streams.shape[:-2], channels)
     hidden = torch.empty(shape, dtype=streams.dtype, device=streams.device)
     if num_tokens:
-        kernel = head_bound.contract_fwd(n, channels, divisor, tile)
+        kernel = head_bound.plain(head_forward.contract_fwd, n, channels, divisor, tile)
         grid = (blocks(num_tokens, tile.tokens), blocks(channels, tile.channels))
         kernel(grid, (streams, hidden), (num_tokens,))
     return hidden
