@@ -10,7 +10,6 @@ page with all curves in ``--out``.
 """
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
+from provenance import append, provenance
 
 from mhc_megatron.report.compare import write_comparison
 from mhc_megatron.report.run import Run, load_run, summarise
@@ -138,8 +137,7 @@ def main() -> int:
                 continue
             runs[training.name] = load_run(args.out / training.name)
             line = record(training, runs)
-            with (args.results / "fp8_training.jsonl").open("a") as file:
-                file.write(json.dumps({**line, **source}) + "\n")
+            append(args.results, line, source)
             found = [f"{training.name}: loss {line['value']:.4f}"]
             found += [f"{k} {line[k]}" for k in ("ratio_to_bf16", "deterministic") if k in line]
             print(", ".join(found), flush=True)

@@ -11,7 +11,6 @@ benchmarks/README.md). Exit status 1 if an error is beyond its bound or any bit 
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from contenders import builds_with, check
 from implementations import random_operands
-from provenance import provenance
+from provenance import append, provenance
 
 OPERATIONS = ("post_pre", "single_pass", "pre+post", "norm-inside")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -100,8 +99,7 @@ def main() -> int:
     for case in itertools.product(args.operations, args.streams, args.dtypes):
         line, beyond = run(*case, args, device)
         wrong += beyond
-        with (args.results / "kernel_checks.jsonl").open("a") as file:
-            file.write(json.dumps({**line, **source}) + "\n")
+        append(args.results, line, source)
         print(
             f"{line['impl']:<26} n={case[1]} {case[2]:<9} {line['worst']:<14}"
             f"{line['value']:>8.3f} of its bound{'' if line['deterministic'] else ', bits differ'}",

@@ -8,7 +8,6 @@ Appends one line per format to ``<results>/message_training.jsonl`` (format: ben
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
+from provenance import append, provenance
 
 from mhc_megatron.report.run import load_run, summarise
 from mhc_megatron.training.recipes import load_recipe
@@ -72,8 +71,7 @@ def main() -> int:
             "by_seed": losses,
             "ratio_to_model": [min(ratios), max(ratios)],
         }
-        with (args.results / "message_training.jsonl").open("a") as file:
-            file.write(json.dumps({**line, **source}) + "\n")
+        append(args.results, line, source)
         print(f"{messages}: {line['value']:.4f}, over model {line['ratio_to_model']}")
     return 0
 

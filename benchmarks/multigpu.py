@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import append, provenance
 from ranks import Ranks, WorkerFailed
 
 from mhc_megatron.errors import UserError
@@ -65,10 +65,8 @@ class Bench:
         self.say(f"{name}: {time.monotonic() - start:.1f} s")
 
     def _append(self, line: dict[str, Any]) -> None:
-        line = {"benchmark": "multigpu", **line, **self.source}
-        with (self.args.results / "multigpu.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {k: v for k, v in line.items() if k not in ("benchmark", "shape", *self.source)}
+        append(self.args.results, {"benchmark": "multigpu", **line}, self.source)
+        shown = {k: v for k, v in line.items() if k != "shape"}
         print("  " + json.dumps(shown), flush=True)
 
     def say(self, text: str) -> None:

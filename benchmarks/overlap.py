@@ -16,7 +16,6 @@ bits differ.
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ import cudnn_first  # noqa: F401
 import torch
 from alone import one_process
 from overlap_trace import hidden_lines
-from provenance import provenance
+from provenance import append, provenance
 from ranks import layouts
 from te_blocks import SIZES, STREAMS, Size, Stage, megatron_config
 from torch import Tensor
@@ -417,8 +416,7 @@ def main() -> int:
                 size = replace(size, blocks=args.blocks)
             for line, text in measure(size, device, args):
                 mismatches += line.get("mismatches", 0)
-                with (args.results / "overlap.jsonl").open("a") as file:
-                    file.write(json.dumps({**line, **source}) + "\n")
+                append(args.results, line, source)
                 print(text, flush=True)
     return int(mismatches > 0)
 

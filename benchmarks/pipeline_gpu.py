@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 import torch
 from alone import one_process
-from provenance import provenance
+from provenance import append, provenance
 from virtual_ranks import Step, VirtualRanks, run_config
 
 from mhc_megatron.pipeline.phases import OverlapMode
@@ -187,8 +187,7 @@ def main() -> int:
         for (name, num_ranks), found in zip(shapes, checked, strict=True):
             ranks = virtual_ranks(name, num_ranks, device, args)
             line = measure(ranks, found or check(ranks, range(args.seeds), args.seconds))
-            with (args.results / "pipeline.jsonl").open("a") as file:
-                file.write(json.dumps({**line, **source}) + "\n")
+            append(args.results, line, source)
             print(
                 f"{name:<12} {num_ranks} ranks: {line['mismatches']} mismatches in "
                 f"{line['seeds']} seeds, control {line['control']}, step {line['value']:.1f} "

@@ -9,7 +9,6 @@ differ by more than float32 sums in another order.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import append, provenance
 from ranks import Ranks
 
 from mhc_megatron.config import MHCConfig
@@ -103,8 +102,7 @@ def main() -> int:
         try:
             ranks.begin(2 * SECONDS)
             for line in lines(run_config(folder, args.steps, backend), ranks, folder):
-                with (args.results / "pretrain_parity.jsonl").open("a") as file:
-                    file.write(json.dumps({**line, **source}) + "\n")
+                append(args.results, line, source)
                 print(f"{line['metric']}: {line['value']:.1e}, last {line['last']}", flush=True)
                 if line["metric"] == "loss_difference":
                     worst = line["value"]

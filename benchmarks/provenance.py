@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import subprocess
 import uuid
 from pathlib import Path
@@ -35,6 +36,12 @@ def provenance(commit: str | None) -> dict[str, Any]:
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def append(folder: Path, line: dict[str, Any], source: dict[str, Any]) -> None:
+    """Add a line, with its ``provenance``, to the file of its benchmark."""
+    with (folder / f"{line['benchmark']}.jsonl").open("a") as file:
+        file.write(json.dumps({**line, **source}) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,6 @@ benchmarks/README.md), of which recompute_table.py makes tables and a picture.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import append, provenance
 from timing import copy_bandwidth, graph_times, kernel_profile
 from torch import Tensor, nn
 
@@ -429,8 +428,7 @@ def main() -> int:
     for part in args.parts:
         for line in lines[part]:
             found.append(line)
-            with (args.results / f"{line['benchmark']}.jsonl").open("a") as file:
-                file.write(json.dumps({**line, **source}) + "\n")
+            append(args.results, line, source)
             ratio = f"{line['ratio_to_floor']:.4f} x floor" if line["floor"] else ""
             print(
                 f"{line['impl']:<24} {line['metric']:<24} L={line['shape']['L']:<3}"

@@ -12,7 +12,6 @@ Appends to ``<results>/te_blocks.jsonl`` (format: benchmarks/README.md) as it go
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 from alone import one_process
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from provenance import provenance
+from provenance import append, provenance
 from timing import kernel_profile
 from torch import Tensor
 
@@ -331,8 +330,7 @@ def main() -> int:
                 recipe = None if dtype == "bf16" else dtype
                 size = replace(SIZES[name], sequences=args.sequences)
                 for line in measure(size, recipe, args.repetitions):
-                    with (args.results / "te_blocks.jsonl").open("a") as file:
-                        file.write(json.dumps({**line, **source}) + "\n")
+                    append(args.results, line, source)
                     print(show(line), flush=True)
                 torch.cuda.empty_cache()
     if left:
