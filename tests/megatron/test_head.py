@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from helpers import layouts
 from helpers.oracle import SUMMATION_ORDER
 from helpers.pool import WorkerPool
-from megatron.core.models.gpt import GPTModel
+from helpers.small_gpt import build, losses_of
 
 from mhc_megatron.config import Backend, Contraction, MHCConfig
 from mhc_megatron.launch.environment import World
-from mhc_megatron.megatron.spec import gpt_block_spec
 from mhc_megatron.training.config import ModelConfig, TrainConfig
-from mhc_megatron.training.model import transformer_config
 from mhc_megatron.training.runtime import distributed_runtime
 
 
@@ -41,23 +38,8 @@ def one_layer(
         global_batch_size=1,
     )
     with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
-        megatron_config = transformer_config(config)
-        model = GPTModel(
-            config=megatron_config,
-            transformer_layer_spec=gpt_block_spec(
-                megatron_config, config.mhc, use_transformer_engine=False
-            ),
-            vocab_size=128,
-            max_sequence_length=8,
-            position_embedding_type="rope",
-        )
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape) * 0.3)
-        sample = layouts.sample(0, 8)
-        losses = model(sample["tokens"], sample["position_ids"], None, labels=sample["labels"])
-        loss = losses.sum()
+        model = build(config)
+        loss = losses_of(model, 0).sum()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         return loss.item(), gradients, nodes_of(loss)

@@ -9,8 +9,8 @@ import torch
 from helpers import layouts
 from helpers.oracle import DENSE, EXACT, MODELS, Oracle, check, run_config
 from helpers.pool import WorkerPool
+from helpers.small_gpt import build, losses_of
 from megatron.core import __version__ as core_version
-from megatron.core.models.gpt import GPTModel
 from packaging.version import Version
 
 from mhc_megatron import recompute
@@ -18,9 +18,7 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.chain import chain_of
-from mhc_megatron.megatron.spec import gpt_block_spec
 from mhc_megatron.training.config import ModelConfig, TrainConfig
-from mhc_megatron.training.model import transformer_config
 from mhc_megatron.training.runtime import distributed_runtime
 
 LAYERS = 3
@@ -39,29 +37,6 @@ def run_small(mhc: MHCConfig, **options: Any) -> TrainConfig:
         num_layers=LAYERS, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, seq_length=8
     )
     return TrainConfig(model=model, mhc=mhc, micro_batch_size=1, global_batch_size=1, **options)
-
-
-def build(config: TrainConfig) -> GPTModel:
-    megatron_config = transformer_config(config)
-    model = GPTModel(
-        config=megatron_config,
-        transformer_layer_spec=gpt_block_spec(
-            megatron_config, config.mhc, use_transformer_engine=False
-        ),
-        vocab_size=128,
-        max_sequence_length=8,
-        position_embedding_type="rope",
-    )
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    return model
-
-
-def losses_of(model: GPTModel, index: int) -> torch.Tensor:
-    sample = layouts.sample(index, 8)
-    return model(sample["tokens"], sample["position_ids"], None, labels=sample["labels"])
 
 
 class Memory:
