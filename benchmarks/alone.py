@@ -6,6 +6,8 @@ import os
 import warnings
 from collections.abc import Iterator
 
+import cudnn_first  # noqa: F401
+
 from mhc_megatron.launch.environment import World
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.runtime import distributed_runtime
