@@ -9,7 +9,8 @@ messages that do not wait for their sender's stream, where a comparison that nev
 Appends one line per schedule and number of ranks to ``<results>/pipeline.jsonl`` (format:
 benchmarks/README.md), with the time of a step without delays. Exit status 1 after a mismatch.
 
-Small chunks keep the host busier than the GPU, so processes beside each other share the seeds.
+Small chunks keep the host busier than the GPU, so processes beside each other share the seeds, and
+the GPUs if there are several.
 Without a GPU the ranks are threads, and there is no order of streams to lose.
 """
 
@@ -49,10 +50,17 @@ def check(ranks: VirtualRanks, seeds: range, seconds: float) -> tuple[int, list[
 
 
 def check_elsewhere(num_workers: int) -> list[tuple[int, list[str]]]:
-    """``check`` of every line with the seeds shared by processes with this one's arguments."""
+    """``check`` of every line with the seeds shared by processes with this one's arguments.
+
+    They share the GPUs as well.
+    """
     command = [sys.executable, *sys.argv]
     workers = [
-        subprocess.Popen([*command, "--share", f"{i}/{num_workers}"], stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, "--share", f"{i}/{num_workers}"],
+            stdout=subprocess.PIPE,
+            env=os.environ | one_gpu(i),
+        )
         for i in range(num_workers)
     ]
     outputs = [worker.communicate()[0] for worker in workers]
@@ -66,6 +74,15 @@ def check_elsewhere(num_workers: int) -> list[tuple[int, list[str]]]:
         (sum(count for count, _ in line), [text for _, found in line for text in found])
         for line in zip(*shares, strict=True)
     ]
+
+
+def one_gpu(worker: int) -> dict[str, str]:
+    """What a worker's environment has to say for it to see one of the GPUs that are seen here."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return {"CUDA_VISIBLE_DEVICES": seen[worker % count]}
 
 
 def faults_found(ranks: VirtualRanks) -> int:

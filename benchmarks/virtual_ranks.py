@@ -39,10 +39,10 @@ from mhc_megatron.training.model import stage_chunk, transformer_config
 from mhc_megatron.training.pipeline import pipeline_schedule
 
 VOCAB = 512
-# A stream is held up for longer than its host is ahead of it now and then, so that what does not
-# wait for a message finds it unwritten.
-_SHARE_DELAYED = 0.1
-_MOST_DELAY = 0.01  # seconds on a GPU
+# A stream is held up now and then, for longer than the threads of all ranks together need to
+# enqueue what follows, so that what does not wait for a message finds it unwritten.
+_SHARE_DELAYED = 0.05
+_MOST_DELAY = 0.08  # seconds on a GPU
 _MOST_DELAY_OF_A_THREAD = 3e-4  # a forward of a small chunk takes about as long
 _CYCLES_PER_SECOND = 1.5e9  # of a GPU, roughly: a delay has no exact length to keep
 
