@@ -34,7 +34,7 @@ KILLED, MICRO_BATCH = 1, 3  # rank, and the micro-batch of whose forward it dies
 TIMEOUT = {"cpu": 8.0, "cuda": 30.0}["cuda" if torch.cuda.is_available() else "cpu"]
 GRACE = 10.0  # seconds for a process to end after that
 STARTING = 120.0  # until the steps
-NAMED = re.compile(r"ExecutionError: (pipeline rank \d+ failed at (?:recv|send) .*)")
+NAMED = re.compile(r"ExecutionError: (pipeline rank \d+ failed at (?:post|recv|send) .*)")
 
 
 def dying(rank: int, config: TrainConfig, port: int, folder: str) -> None:

@@ -58,10 +58,11 @@ Action = Compute | Overlap
 class Transfer:
     """One end of a message: the activation (``of`` is F) or gradient (B, I) that ``of`` made.
 
-    ``peer`` is the rank at the other end. As text ``send 2F0 to 3`` or ``recv 2F0 from 2``.
+    ``peer`` is the rank at the other end. A receive is posted, so that the message can come, and
+    later waited for. As text ``send 2F0 to 3``, ``post 2F0 from 2`` or ``recv 2F0 from 2``.
     """
 
-    kind: Literal["send", "recv"]
+    kind: Literal["send", "post", "recv"]
     of: Compute
     peer: int
 

@@ -1,6 +1,7 @@
 """Run one rank's program: computes, and the messages between them."""
 
 import contextlib
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 
@@ -52,8 +53,8 @@ def execute(
     *,
     num_stages: int,
     message: Message,
-    receives_ahead: int = 2,
     overlap: OverlapFunction | None = None,
+    first: bool = False,
     stopwatch: Stopwatch | None = None,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
@@ -65,11 +66,11 @@ def execute(
         transport: to the neighbours.
         num_stages: of the whole model.
         message: what the stages send each other.
-        receives_ahead: receives that are posted per neighbour before they are needed; each takes
-            the memory of one message.
         overlap: runs the two sides of an Overlap, one at a time; None for the forward, then the
             backward. Messages leave when they are made: the forward's not after the backward, the
             gradient not after the weight gradients, but after the forward's.
+        first: the stages run for the first time in this process. Their kernels are loaded then,
+            which may wait for all messages under way: those of an Overlap leave after it.
         stopwatch: measures every action.
         progress: called before every item, and with None once only the last sends are under way.
 
@@ -79,7 +80,7 @@ def execute(
     Raises:
         ExecutionError: an action or a message failed.
     """
-    run = _Run(program, stages, transport, num_stages, message, receives_ahead, overlap)
+    run = _Run(program, stages, transport, num_stages, message, overlap, first)
     position = 0
     # To open a range takes longer than an item of an empty stage, also where nobody records it.
     profiled = torch.autograd._profiler_enabled()
@@ -112,24 +113,18 @@ class _Run:
         transport: Transport,
         num_stages: int,
         message: Message,
-        receives_ahead: int,
         overlap: OverlapFunction | None,
+        first: bool,
     ) -> None:
         self.outputs: dict[int, Tensor] = {}
         self._stages, self._transport, self._num_stages = stages, transport, num_stages
-        self._message, self._ahead, self._overlap = message, receives_ahead, overlap
+        self._message, self._overlap, self._first = message, overlap, first
         self._announced = (message.shape, message.dtype)
         self._messages: dict[Compute, Tensor] = {}  # made or received, and not yet used
         self._sends = {
             item.of: item for item in program if isinstance(item, Transfer) and item.kind == "send"
         }
-        self._upcoming: dict[int, deque[Transfer]] = defaultdict(deque)
         self._posted: dict[int, deque[Receipt]] = defaultdict(deque)
-        for item in program:
-            if isinstance(item, Transfer) and item.kind == "recv":
-                self._upcoming[item.peer].append(item)
-        for peer in self._upcoming:
-            self._post(peer)
 
     def item(self, item: Action | Transfer) -> None:
         match item:
@@ -150,9 +145,10 @@ class _Run:
             case Transfer("send", of):
                 if of in self._messages:  # else it has left during its Overlap
                     self._transport.send(item, self._messages.pop(of))
+            case Transfer("post", _, peer):
+                self._posted[peer].append(self._transport.receive(item, self._message))
             case Transfer("recv", of, peer):
                 self._messages[of] = self._posted[peer].popleft().wait()
-                self._post(peer)
 
     def _both(self, pair: Overlap) -> None:
         if self._overlap is None:
@@ -167,7 +163,7 @@ class _Run:
         sends = {of: self._sends[of] for of in parts(pair) if of in self._sends}
 
         def leave(of: Compute) -> None:
-            if of in sends and of in self._messages:
+            if of in sends and of in self._messages and not self._first:
                 self._transport.send(sends[of], self._messages.pop(of))
                 del sends[of]
 
@@ -185,7 +181,7 @@ class _Run:
 
     def check_nothing_left(self) -> None:
         assert not self._messages, f"messages that nobody used: {[*map(str, self._messages)]}"
-        assert not any(self._posted.values()) and not any(self._upcoming.values())
+        assert not any(self._posted.values())
         for number, stage in self._stages.items():
             assert not stage.unfinished, f"stage {number}: unfinished {stage.unfinished}"
 
@@ -214,19 +210,20 @@ class _Run:
             assert result is not None
             self.outputs[compute.mb] = result
 
-    def _post(self, peer: int) -> None:
-        upcoming, posted = self._upcoming[peer], self._posted[peer]
-        while upcoming and len(posted) < self._ahead:
-            posted.append(self._transport.receive(upcoming.popleft(), self._message))
-
 
 def _excerpt(program: Program, position: int) -> str:
-    """The program around ``position``, which is marked."""
-    first, stop = max(0, position - _BEFORE), min(len(program), position + 1 + _AFTER)
+    """The program around ``position``, which is marked; without other posts."""
+    shown = [
+        index
+        for index, item in enumerate(program)
+        if index == position or not (isinstance(item, Transfer) and item.kind == "post")
+    ]
+    at = bisect_left(shown, position)
+    first, stop = max(0, at - _BEFORE), min(len(shown), at + 1 + _AFTER)
     items = [
-        f">>> {item} <<<" if first + index == position else str(item)
-        for index, item in enumerate(program[first:stop])
+        f">>> {program[index]} <<<" if index == position else str(program[index])
+        for index in shown[first:stop]
     ]
     before = f"({first} before) " if first else ""
-    after = f" ({len(program) - stop} after)" if stop < len(program) else ""
+    after = f" ({len(shown) - stop} after)" if stop < len(shown) else ""
     return f"{before}{', '.join(items)}{after}"

@@ -70,6 +70,7 @@ class ForwardBackward:
         self.stopwatch: Stopwatch | None = None
         self.progress: Progress | None = None
         self._programs: dict[bool, Program] = {}
+        self._has_run = False
         self._mode = overlap
         self._lanes: Lanes | None = None
         self._overlap: LaneOverlap | None = None
@@ -147,6 +148,7 @@ class ForwardBackward:
                     num_stages=self.schedule.num_stages,
                     message=self._message(config, seq_length, micro_batch_size),
                     overlap=self._overlap,
+                    first=not self._has_run,
                     stopwatch=self.stopwatch,
                     progress=self.progress,
                 )
@@ -154,6 +156,7 @@ class ForwardBackward:
                 if isinstance(error.__cause__, UserError):
                     raise error.__cause__ from None
                 raise
+        self._has_run |= not forward_only
         step.skip_what_others_took()
         if not forward_only and config.finalize_model_grads_func is not None:
             self._finalize(config, chunks, step.num_tokens, pg_collection, force_all_reduce)

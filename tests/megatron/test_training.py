@@ -220,7 +220,8 @@ def test_a_rank_that_dies_in_a_step_is_named(schedule: str, config: TrainConfig)
     assert failures[1] == "died with exit status 7"
     # Its neighbour waits for a message then, or has one on the way.
     named = (
-        r"ExecutionError: pipeline rank 0 failed at (recv \w+ from|send \w+ to) 1: TransferError: "
+        r"ExecutionError: pipeline rank 0 failed at "
+        r"((post|recv) \w+ from|send \w+ to) 1: TransferError: "
     )
     assert re.search(named, failures[0]), failures[0]
 
