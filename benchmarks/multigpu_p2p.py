@@ -50,8 +50,8 @@ def seconds_per_message(
             generate("one_f_one_b", num_ranks=2, num_mb=1), range(2), device=device
         )
         packed = FP8Transport(transport, MessageBlocks())
-        _load_codec(device)
         for width in widths:
+            _load_codec((seq, 1, width), device)
             for both in (False, True):
                 for name, exchange in (
                     ("mhc_megatron", lambda *a: _transported(transport, *a)),
@@ -62,10 +62,10 @@ def seconds_per_message(
     return found
 
 
-def _load_codec(device: torch.device) -> None:
-    """Run its kernels: to load them the GPU waits for receives that are posted ahead."""
-    tensor = torch.ones(128, dtype=torch.bfloat16, device=device)
-    MessageBlocks().unpack(MessageBlocks().pack(tensor), tensor.shape, tensor.dtype)
+def _load_codec(shape: tuple[int, ...], device: torch.device) -> None:
+    """Run its kernels: to load them the GPU would wait for receives that are posted ahead."""
+    tensor, codec = torch.ones(shape, dtype=torch.bfloat16, device=device), MessageBlocks()
+    codec.unpack(codec.pack(tensor), shape, tensor.dtype)
 
 
 Exchange = Callable[[int, Tensor, Message, bool], None]

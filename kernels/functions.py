@@ -111,7 +111,7 @@ class Pre(torch.autograd.Function):
         if streams.numel() == 0:
             (grad_x,), grads = _zeros(streams), _zero_parameters(ctx, parameters)
             return grad_x, *grads, None, None, None, *_zeros(norm_weight), None
-        read, partial, grad_norm_weight = _read_gradients(
+        read, partial, norm = _read_gradients(
             ctx,
             streams,
             grad_u,
@@ -124,7 +124,9 @@ class Pre(torch.autograd.Function):
             parameters,
         )
         # Right after the first pass, whose last reads of the streams are still in L2.
-        parameter_gradients = _parameter_gradients(ctx, streams, read, partial, parameters)
+        parameter_gradients, grad_norm_weight = _parameter_gradients(
+            ctx, streams, read, partial, norm, parameters
+        )
         grad_streams, _, _ = launch.streams_backward(
             None if grad_through is None else grad_through.contiguous(),
             streams,
@@ -219,7 +221,7 @@ class PostPre(torch.autograd.Function):
                 None,
             )
         read_packed = packed if ctx.single_pass else new_packed
-        read, partial, grad_norm_weight = _read_gradients(
+        read, partial, norm = _read_gradients(
             ctx,
             new_streams,
             grad_u,
@@ -233,7 +235,9 @@ class PostPre(torch.autograd.Function):
             single_pass=ctx.single_pass,
         )
         # As in Pre: right after the first pass.
-        parameter_gradients = _parameter_gradients(ctx, new_streams, read, partial, parameters)
+        parameter_gradients, grad_norm_weight = _parameter_gradients(
+            ctx, new_streams, read, partial, norm, parameters
+        )
         grad_x, grad_branch, grad_packed = launch.streams_backward(
             None if grad_streams is None else grad_streams.contiguous(),
             streams,
@@ -291,8 +295,9 @@ def _read_gradients(
     parameters: Parameters,
     *,
     single_pass: bool = False,
-) -> tuple[ReadGradients, Tensor, Tensor | None]:
-    """The first backward pass, the partial sums of bias and alpha, and the norm's gradient."""
+) -> tuple[ReadGradients, Tensor, tuple[Tensor, Tensor] | None]:
+    """The first backward pass, and the partial sums of bias and alpha; and those of the norm's
+    weight, after it."""
     if grad_u is None:
         shape = (*new_streams.shape[:-2], new_streams.shape[-1])
         grad_u = new_streams.new_zeros(shape)
@@ -313,26 +318,32 @@ def _read_gradients(
         norm=norm,
         tile=tile,
     )
-    grad_norm_weight = None
+    norm_partial = None
     if norm_gradients is not None:
         assert norm_weight is not None
         grad_u = norm_gradients.u
-        grad_norm_weight = norm_gradients.weight_partial.sum(dim=0).to(norm_weight.dtype)
-    return ReadGradients(grad_u, packed, projected, radial, factors), partial, grad_norm_weight
+        norm_partial = norm_weight, norm_gradients.weight_partial
+    return ReadGradients(grad_u, packed, projected, radial, factors), partial, norm_partial
 
 
 def _parameter_gradients(
-    ctx: Any, new_streams: Tensor, read: ReadGradients, partial: Tensor, parameters: Parameters
-) -> tuple[Tensor | None, ...]:
-    """In the order of ``Parameters``."""
-    if not ctx.trains:
-        return (None,) * len(parameters)
-    grads = launch.parameter_backward(
+    ctx: Any,
+    new_streams: Tensor,
+    read: ReadGradients,
+    partial: Tensor,
+    norm: tuple[Tensor, Tensor] | None,
+    parameters: Parameters,
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """In the order of ``Parameters``, and the norm's weight's."""
+    if not ctx.trains and norm is None:
+        return (None,) * len(parameters), None
+    grads, grad_norm_weight = launch.parameter_backward(
         new_streams,
         read.projected,
         partial,
         parameters,
         main_grad=ctx.main_grad,
+        norm=norm,
         tiles=ctx.tiles,
     )
     weight, alpha_pre, alpha_post, alpha_res, bias = grads
@@ -342,7 +353,7 @@ def _parameter_gradients(
         alpha_post,
         None if parameters.alpha_res is None else alpha_res,
         bias,
-    )
+    ), grad_norm_weight
 
 
 def _zero_parameters(ctx: Any, parameters: Parameters) -> tuple[Tensor | None, ...]:

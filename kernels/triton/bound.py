@@ -13,6 +13,7 @@ from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
 from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
+    blocks,
     logit_rows,
     padded,
     parts_of,
@@ -24,6 +25,8 @@ from mhc_megatron.kernels.triton.tiles import Tile
 
 # Numbers of phi per program of the kernels that only copy or add them.
 ELEMENTS = 1024
+# Numbers of a norm's weight per program of ``reduce_partials``.
+NORM_COLUMNS = 64
 
 
 def interleaves(n: int, dtype: torch.dtype) -> bool:
@@ -181,16 +184,21 @@ def weight_bwd(width: int, num_logits: int, dtype: torch.dtype, tile: Tile, spli
 
 
 @cache
-def reduce_partials(n: int, width: int, num_logits: int, splits: int, accumulate: bool) -> Launch:
+def reduce_partials(
+    n: int, channels: int, num_logits: int, splits: int, accumulate: bool, has_norm: bool
+) -> Launch:
     return Launch(
         weight_backward_kernel.reduce_partials,
-        SIZE=num_logits * width,
+        SIZE=num_logits * n * channels,
         SPLITS=splits,
+        C=channels,
         N=n,
         M=num_logits,
         ROWS=padded(max(n, num_logits - 2 * n), 2),
         BLOCK=ELEMENTS,
         COLUMNS=256,
+        NORM_PROGRAMS=blocks(channels, NORM_COLUMNS) if has_norm else 0,
+        NORM_COLUMNS=NORM_COLUMNS,
         ACCUMULATE=accumulate,
         num_warps=4,
     )

@@ -348,12 +348,14 @@ def parameter_backward(
     *,
     tiles: Tiles,
     main_grad: Tensor | None = None,
-) -> ParameterGradients:
+    norm: tuple[Tensor, Tensor] | None = None,
+) -> tuple[ParameterGradients, Tensor | None]:
     """phi's gradient from all tokens, and the sums of the partials.
 
-    With ``main_grad`` phi's is added to it, the same sum as of the two apart, and is it.
+    With ``main_grad`` phi's is added to it, the same sum as of the two apart, and is it. ``norm``
+    is a norm's weight and the partial sums of its gradient, which is the last result.
     """
-    num_tokens, n, _ = Shape.of(new_streams)
+    num_tokens, n, channels = Shape.of(new_streams)
     num_logits, width = parameters.weight.shape
     tile = tiles.weight_backward
     splits = blocks(num_tokens, tiles.weight_split)
@@ -374,11 +376,20 @@ def parameter_backward(
         (new_streams, projected, weight_partial),
         (num_tokens,),
     )
-    weight_programs = blocks(num_logits * width, bound.ELEMENTS) if reduces else 0
-    reduction = bound.reduce_partials(n, width, num_logits, splits, main_grad is not None)
+    norm_partial = grad_norm = None
+    programs = num_logits + 3
+    if norm is not None:
+        norm_weight, norm_partial = norm
+        grad_norm = torch.empty_like(norm_weight)
+        programs += blocks(channels, bound.NORM_COLUMNS)
+    if reduces:
+        programs += blocks(num_logits * width, bound.ELEMENTS)
+    reduction = bound.reduce_partials(
+        n, channels, num_logits, splits, main_grad is not None, norm is not None
+    )
     reduction(
-        (num_logits + 3 + weight_programs,),
-        (weight_partial, partial, weight, bias, alpha_pre),
+        (programs,),
+        (weight_partial, partial, norm_partial, weight, bias, alpha_pre, grad_norm),
         (partial.shape[0] // (2 * num_logits),),
     )
-    return ParameterGradients(weight, alpha_pre, alpha_post, alpha_res, bias)
+    return ParameterGradients(weight, alpha_pre, alpha_post, alpha_res, bias), grad_norm

@@ -1,4 +1,4 @@
-"""Gradients of phi, alpha and bias: partial sums per program, then their sum in a fixed order."""
+"""Gradients of phi, alpha, bias and a norm: partial sums, then their sum in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -55,25 +55,48 @@ def weight_bwd(
 
 
 @triton.jit
+def sum_norm_partials(
+    norm_partial_ptr, grad_norm_ptr, block, programs, C: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """COLUMNS numbers of a norm's weight, from ``norm_partial`` [programs, C]."""
+    rows, columns = tl.arange(0, 32), block * COLUMNS + tl.arange(0, COLUMNS)
+    live = columns < C
+    total = tl.zeros([32, COLUMNS], tl.float32)
+    for step in range(0, programs, 32):
+        pointers = norm_partial_ptr + (step + rows)[:, None].to(tl.int64) * C + columns[None, :]
+        mask = (step + rows < programs)[:, None] & live[None, :]
+        total += tl.load(pointers, mask=mask, other=0.0)
+    result = tl.sum(total, axis=0).to(grad_norm_ptr.dtype.element_ty)
+    tl.store(grad_norm_ptr + columns, result, mask=live)
+
+
+@triton.jit
 def reduce_partials(
     weight_partial_ptr,
     partial_ptr,
+    norm_partial_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
     grad_alpha_ptr,
+    grad_norm_ptr,
     programs,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
+    C: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    NORM_PROGRAMS: tl.constexpr,
+    NORM_COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """A number of bias [M] per program, then one of alpha [3], then BLOCK numbers of phi.
+    """A number of bias [M] per program, then one of alpha [3], then NORM_COLUMNS numbers of the
+    norm's weight [C], then BLOCK numbers of phi.
 
-    ``partial``: [2 M, programs], of ``mix_bwd``. ACCUMULATE adds phi's to what is there.
+    ``partial``: [2 M, programs], and ``norm_partial``: [programs, C], of ``mix_bwd``. ACCUMULATE
+    adds phi's to what is there.
     """
     program = tl.program_id(0)
     if program < M + 3:
@@ -93,8 +116,12 @@ def reduce_partials(
         result = tl.sum(tl.sum(total, axis=1), axis=0)
         target = grad_bias_ptr + program if program < M else grad_alpha_ptr + (program - M)
         tl.store(target, result)
+    elif program < M + 3 + NORM_PROGRAMS:
+        if NORM_PROGRAMS > 0:
+            block = program - M - 3
+            sum_norm_partials(norm_partial_ptr, grad_norm_ptr, block, programs, C, NORM_COLUMNS)
     else:
-        offsets = (program - M - 3).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offsets = (program - M - 3 - NORM_PROGRAMS).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < SIZE
         grad = tl.zeros([BLOCK], tl.float32)
         for split in tl.static_range(SPLITS):

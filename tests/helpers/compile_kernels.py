@@ -185,7 +185,7 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             tile=tiles.mix,
         )
         state = launch.NormState(norm.weight, inverse_rms, new_packed) if has_norm else None
-        projected, radial, partial, _ = launch.mix_backward(
+        projected, radial, partial, norm_gradients = launch.mix_backward(
             new_streams,
             u,
             new_packed,
@@ -199,9 +199,17 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
         read = launch.ReadGradients(u, new_packed, projected, radial, factors)
         grad = streams if has_branch else None
         launch.streams_backward(grad, streams, *post, read, single_pass=single_pass, **backward)
-    for main_grad in (None, meta(num_logits, n * channels)):
+    sums = (norm.weight, norm_gradients.weight_partial)
+    into = meta(num_logits, n * channels)
+    for main_grad, of_norm in ((None, None), (into, None), (None, sums)):
         launch.parameter_backward(
-            new_streams, projected, partial, parameters, tiles=tiles, main_grad=main_grad
+            new_streams,
+            projected,
+            partial,
+            parameters,
+            tiles=tiles,
+            main_grad=main_grad,
+            norm=of_norm,
         )
 
 

@@ -50,11 +50,14 @@ def counted(launches: list[str], call: Callable[[], Any]) -> tuple[list[str], di
     return list(launches), dict(operations.counts), returned
 
 
-@pytest.mark.parametrize("operation", ["post_pre", "single_pass"])
+@pytest.mark.parametrize(
+    ("operation", "norm"), [("post_pre", False), ("single_pass", False), ("post_pre", True)]
+)
 def test_a_boundary_launches_six_kernels_and_allocates_twelve_times(
-    operation: str, launches: list[str], device: torch.device
+    operation: str, norm: bool, launches: list[str], device: torch.device
 ) -> None:
-    case = Case(operation=operation, dtype=torch.bfloat16)
+    """And four times more with a norm, for which there is no other operation."""
+    case = Case(operation=operation, dtype=torch.bfloat16, norm=norm)
     leaves = {
         name: leaf.requires_grad_()
         for name, leaf in operands(case, device).items()
@@ -62,6 +65,7 @@ def test_a_boundary_launches_six_kernels_and_allocates_twelve_times(
     }
     packed = torch.rand(case.n * (case.n + 2), case.tokens, device=device).requires_grad_()
     mix = PackedMappings(packed, case.n, leaves["streams"].shape[:-2])
+    more = {"norm_weight": leaves["norm_weight"]} if norm else {}
     gates = (leaves["alpha_pre"], leaves["alpha_post"], leaves["alpha_res"])
 
     def forward() -> list[torch.Tensor]:
@@ -74,13 +78,14 @@ def test_a_boundary_launches_six_kernels_and_allocates_twelve_times(
             leaves["bias"],
             options=case.options,
             backend="triton",
+            **more,
         )
         return [streams, u, new_mix.packed]
 
     kernels, operations, outputs = counted(launches, forward)
     assert kernels == ["split_weight", "mix_fwd"]
-    # phi in two parts, the streams, u, the raw logits and the mappings.
-    assert operations == {"allocations": 5}
+    # phi in two parts, the streams, u, the raw logits and the mappings; the norm's 1/RMS.
+    assert operations == {"allocations": 5 + norm}
     gradients = [torch.ones_like(output) for output in outputs]
     inputs = [*leaves.values(), packed]
     kernels, operations, _ = counted(
@@ -88,5 +93,5 @@ def test_a_boundary_launches_six_kernels_and_allocates_twelve_times(
     )
     assert kernels == ["mix_bwd", "weight_bwd", "reduce_partials", "streams_bwd"]
     # Of phi, streams, branch, mappings, and of the small parameters together; one between the
-    # kernels in half precision, and one in float32.
-    assert operations == {"allocations": 7, "aten.split_with_sizes.default": 2}
+    # kernels in half precision, and one in float32. Of the norm's input and weight, and its sums.
+    assert operations == {"allocations": 7 + 3 * norm, "aten.split_with_sizes.default": 2}
