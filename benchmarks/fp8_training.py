@@ -2,14 +2,16 @@
 
     python benchmarks/fp8_training.py --out runs/fp8 --results benchmarks/results/h100
 
-Recipe ``gpt-100m`` with Transformer Engine, from one seed on the embedded corpus, with
-hyper-connections and with the plain residual; every run of hyper-connections a second time, for its
-bits. Runs share the GPU, so their times mean nothing and are not recorded. Appends one line per run
+Recipe ``gpt-100m`` with Transformer Engine on the embedded corpus, with hyper-connections and with
+the plain residual, from the same seeds; every run of hyper-connections from the first seed a second
+time, for its bits. A rounding sends a run another way, as a seed does: more than one seed says how
+far. Runs share the GPU, so their times mean nothing and are not recorded. Appends one line per run
 to ``<results>/fp8_training.jsonl`` (format: benchmarks/README.md) and leaves the runs and a
 page with all curves in ``--out``.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import subprocess
@@ -45,16 +47,19 @@ class Training:
 
     residual: str
     dtype: str
+    seed: int
     repeat: bool = False
 
     @property
     def name(self) -> str:
         """Of its folder, and in the plot."""
-        return f"{self.residual}-{self.dtype}" + ("-repeat" if self.repeat else "")
+        name = f"{self.residual}-{self.dtype}-{self.seed}"
+        return name + ("-repeat" if self.repeat else "")
 
     def overrides(self, more: list[str]) -> list[str]:
         """Of the recipe."""
         values = ["transformer_impl=transformer_engine", f"model.residual={self.residual}"]
+        values.append(f"seed={self.seed}")
         if self.dtype != "bf16":
             values += ["fp8=hybrid", f"fp8_recipe={self.dtype}"]
         return values + more
@@ -91,6 +96,7 @@ def record(training: Training, runs: Mapping[str, Run]) -> dict[str, Any]:
             "parameters": run.info.parameters,
             "steps": len(losses),
             "dtype": training.dtype,
+            "seed": training.seed,
         },
         "metric": "final_loss",
         "value": value,
@@ -98,10 +104,10 @@ def record(training: Training, runs: Mapping[str, Run]) -> dict[str, Any]:
         "finite": all(map(math.isfinite, losses)),
         "curve": losses[::CURVE],
     }
-    bf16 = runs.get(Training(training.residual, "bf16").name)
+    bf16 = runs.get(dataclasses.replace(training, dtype="bf16", repeat=False).name)
     if bf16 is not None and value is not None:
         line["ratio_to_bf16"] = value / summarise("bf16", bf16).train_loss
-    first = runs.get(Training(training.residual, training.dtype).name)
+    first = runs.get(dataclasses.replace(training, repeat=False).name)
     if training.repeat and first is not None:
         line["deterministic"] = losses == first.curve("loss").values
     return line
@@ -112,6 +118,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, required=True, help="results folder")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1234], metavar="SEED")
     parser.add_argument("--workers", type=int, default=4, help="runs at a time (%(default)s)")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, for all runs"
@@ -120,9 +127,12 @@ def main() -> int:
     args = parser.parse_args()
     source = provenance(args.commit)
     trainings = [
-        Training("mhc", dtype, repeat) for dtype in args.dtypes for repeat in (False, True)
+        Training(residual, dtype, seed)
+        for seed in args.seeds
+        for residual in ("mhc", "plain")
+        for dtype in args.dtypes
     ]
-    trainings += [Training("plain", dtype) for dtype in args.dtypes]
+    trainings += [Training("mhc", dtype, args.seeds[0], repeat=True) for dtype in args.dtypes]
     runs: dict[str, Run] = {}
     failed: list[str] = []
     args.results.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,9 @@ def _time(config: TrainConfig) -> Timed:
     timers = Timers()
     trainer.megatron_config.timers = timers
     last = trainer.step(config.steps - 1)
+    # The optimizer keeps views of float32 parameters, behind which Python's collector cannot see:
+    # without this the configuration and the model would keep each other, beside the next run.
+    trainer.megatron_config.grad_scale_func = trainer.megatron_config.no_sync_func = None
     on_gpu = torch.cuda.is_available()
     return Timed(
         seconds=[step.seconds for step in metrics[WARM_UP:]],

@@ -1,7 +1,9 @@
-"""Tables of pipeline stages, made from results files: those of docs/fp8.md, and of overlap.
+"""Tables of stages and pipelines, made from results files: those of docs/fp8.md and pipeline.md.
 
     python benchmarks/stage_tables.py benchmarks/results/h100/te_blocks.jsonl
+    python benchmarks/stage_tables.py benchmarks/results/h200/fp8_training.jsonl
     python benchmarks/stage_tables.py benchmarks/results/cpu/message_training.jsonl
+    python benchmarks/stage_tables.py benchmarks/results/h200/multigpu.jsonl
     python benchmarks/stage_tables.py overlap.jsonl
 
 Of a figure that was measured twice the last counts.
@@ -64,6 +66,50 @@ def overlap(lines: list[Line]) -> str:
     return markdown(head, body)
 
 
+def multigpu(lines: list[Line]) -> str:
+    """Steps of pipelines over several GPUs: the plain residual, and what mHC adds, by variant."""
+    steps = {
+        (line["shape"]["schedule"], line["impl"]): line
+        for line in lines
+        if line["metric"] == "step" and "schedule" in line["shape"]
+    }
+    variants = list(dict.fromkeys(name for _, name in steps if name != "megatron_core"))
+    body = []
+    for schedule in dict.fromkeys(schedule for schedule, _ in steps):
+        row = [schedule, f"{steps[schedule, 'megatron_core']['value']:.0f} ms"]
+        for variant in variants:
+            line = steps.get((schedule, variant))
+            row.append("" if line is None else f"{100 * (line['ratio_to_baseline'] - 1):+.0f} %")
+        body.append(row)
+    names = [name.removeprefix("mhc_megatron.") for name in variants]
+    return markdown(["schedule", "plain", *names], body)
+
+
+def training(lines: list[Line]) -> str:
+    """Final losses of a model in bf16 and each FP8 recipe, plain and with hyper-connections."""
+    rows: dict[tuple[str, str], dict[int | None, Line]] = {}
+    repeats: dict[tuple[str, str], bool] = {}
+    for line in lines:
+        key = (line["impl"], line["shape"]["dtype"])
+        rows.setdefault(key, {})[line["shape"].get("seed")] = line
+        if "deterministic" in line:
+            repeats[key] = line["deterministic"]
+    body = []
+    for (implementation, dtype), by_seed in rows.items():
+        found = [line for line in by_seed.values() if "ratio_to_bf16" in line]
+        ratios = [100 * (line["ratio_to_bf16"] - 1) for line in found]
+        same = repeats.get((implementation, dtype))
+        body.append(
+            [
+                *("plain" if implementation == "megatron_core" else "mHC", dtype),
+                ", ".join(f"{line['value']:.3f}" for line in found),
+                "" if dtype == "bf16" else ", ".join(f"{ratio:+.1f} %" for ratio in ratios),
+                "" if same is None else "the same bits" if same else "other bits",
+            ]
+        )
+    return markdown(["residual", "branches", "final loss", "against bf16", "repeated"], body)
+
+
 def messages(lines: list[Line]) -> str:
     """Validation losses of pipelines by the format of their messages, a column per seed."""
     latest = {line["shape"]["messages"]: line for line in lines}
@@ -77,5 +123,11 @@ def messages(lines: list[Line]) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    tables = {"te_blocks": blocks, "overlap": overlap, "message_training": messages}
+    tables = {
+        "te_blocks": blocks,
+        "overlap": overlap,
+        "multigpu": multigpu,
+        "fp8_training": training,
+        "message_training": messages,
+    }
     print(tables[path.stem](read(path)))

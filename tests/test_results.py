@@ -46,8 +46,16 @@ def test_the_fp8_page_shows_the_results_files(benchmark: Callable[[str], Any]) -
     page = (ROOT / "docs" / "fp8.md").read_text()
     tables = benchmark("stage_tables")
     assert tables.blocks(lines) in page
+    trained = ROOT / "benchmarks" / "results" / "h200" / "fp8_training.jsonl"
+    assert tables.training(benchmark("kernel_table").read(trained)) in page
     cpu = ROOT / "benchmarks" / "results" / "cpu" / "message_training.jsonl"
     assert tables.messages(benchmark("kernel_table").read(cpu)) in page
+
+
+def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
+    lines = benchmark("kernel_table").read(ROOT / "benchmarks/results/h200/multigpu.jsonl")
+    page = (ROOT / "docs" / "pipeline.md").read_text()
+    assert benchmark("stage_tables").multigpu(lines) in page
 
 
 def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
