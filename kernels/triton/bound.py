@@ -31,7 +31,7 @@ NORM_COLUMNS = 64
 
 def interleaves(n: int, dtype: torch.dtype) -> bool:
     """Whether ``mix_fwd`` multiplies all streams of a chunk at once."""
-    return parts_of(dtype) == 2 and n in (1, 2, 4)
+    return parts_of(dtype) == 2 and n in (1, 2, 4, 8)
 
 
 @cache
@@ -143,6 +143,8 @@ def streams_bwd(
     has_post: bool,
     has_bias: bool,
     single_pass: bool,
+    first: int,
+    stop: int,
 ) -> Launch:
     return Launch(
         streams_backward_kernel.streams_bwd,
@@ -158,6 +160,8 @@ def streams_bwd(
         HAS_BIAS=has_bias,
         SINGLE_PASS=single_pass,
         INTERLEAVED=interleaves(n, dtype),
+        FIRST=first,
+        STOP=stop,
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),

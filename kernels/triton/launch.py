@@ -27,6 +27,9 @@ from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 # Sublayers that one launch of rebuild_fwd walks through: its code is unrolled over them. A longer
 # block is cut, and the state read again at each cut.
 REBUILT_TOGETHER = 8
+# New streams whose sums over channels one launch of streams_bwd makes: n + 1 numbers of a token for
+# each. Those of eight need more registers than there are, so it is launched twice.
+SUMMED_TOGETHER = 4
 
 
 def factor_weight(weight: Tensor, streams: Tensor) -> Tensor:
@@ -305,38 +308,43 @@ def streams_backward(
         grad_branch = torch.empty_like(branch)
         grad_packed = torch.empty_like(packed)
     u, read_packed, projected, radial, factors = read or (None,) * len(ReadGradients._fields)
-    kernel = bound.streams_bwd(
-        n,
-        channels,
-        1 if factors is None else factors.shape[-2],
-        streams.dtype,
-        tile,
-        terms,
-        grad_streams is not None,
-        read is not None,
-        branch is not None,
-        branch_bias is not None,
-        single_pass,
-    )
-    kernel(
-        (blocks(num_tokens, tile.tokens),),
-        (
-            grad_streams,
-            u,
-            streams,
-            branch,
-            branch_bias,
-            packed,
-            read_packed,
-            projected,
-            radial,
-            factors,
-            grad_x,
-            grad_branch,
-            grad_packed,
-        ),
-        (num_tokens,),
-    )
+    # Without a branch there are no sums, and nothing is left for another launch.
+    at_once = SUMMED_TOGETHER if branch is not None else n
+    for first in range(0, n, at_once):
+        kernel = bound.streams_bwd(
+            n,
+            channels,
+            1 if factors is None else factors.shape[-2],
+            streams.dtype,
+            tile,
+            terms,
+            grad_streams is not None,
+            read is not None,
+            branch is not None,
+            branch_bias is not None,
+            single_pass,
+            first,
+            min(first + at_once, n),
+        )
+        kernel(
+            (blocks(num_tokens, tile.tokens),),
+            (
+                grad_streams,
+                u,
+                streams,
+                branch,
+                branch_bias,
+                packed,
+                read_packed,
+                projected,
+                radial,
+                factors,
+                grad_x,
+                grad_branch,
+                grad_packed,
+            ),
+            (num_tokens,),
+        )
     return grad_x, grad_branch, grad_packed
 
 

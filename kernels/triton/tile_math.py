@@ -75,9 +75,15 @@ def post_mix_stream(streams, branch, post, res, o: tl.constexpr, N: tl.constexpr
     compiler, it may fuse another product of the first sum in another kernel, and a state that
     ``rebuild_fwd`` writes has other bits than the one that ``mix_fwd`` wrote.
     """
-    mixed = post[o][:, None] * branch
+    return post_mix_row(streams, branch, post[o], res[o * N : (o + 1) * N], N)
+
+
+@triton.jit
+def post_mix_row(streams, branch, post, res, N: tl.constexpr):
+    """``sum_i res[i] x[i] + post f`` with one stream's coefficients; see ``post_mix_stream``."""
+    mixed = post[:, None] * branch
     for i in tl.static_range(N):
-        mixed = tl.fma(res[o * N + i][:, None], streams[i], mixed)
+        mixed = tl.fma(res[i][:, None], streams[i], mixed)
     return mixed
 
 
@@ -99,16 +105,24 @@ def load_weight(row_ptrs, columns, column_mask, row_mask):
 
 @triton.jit
 def interleave(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """n [BT, BC] tiles as [BT, n * BC], the n numbers of a channel side by side; n is 1, 2 or 4."""
+    """n [BT, BC] tiles as [BT, n * BC], the n numbers of a channel side by side.
+
+    n is 1, 2, 4 or 8.
+    """
+    # The last join is the fastest index.
     if N == 1:
         joined = streams[0]
     elif N == 2:
         joined = tl.join(streams[0], streams[1])
-    else:
-        # The last join is the fastest index.
+    elif N == 4:
         joined = tl.join(
             tl.join(streams[0], streams[2]),
             tl.join(streams[1], streams[3]),
+        )
+    else:
+        joined = tl.join(
+            tl.join(tl.join(streams[0], streams[4]), tl.join(streams[2], streams[6])),
+            tl.join(tl.join(streams[1], streams[5]), tl.join(streams[3], streams[7])),
         )
     return tl.reshape(joined, [BT, N * BC])
 
@@ -120,11 +134,20 @@ def separate(joined, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
         streams = (joined,)
     elif N == 2:
         streams = tl.split(tl.reshape(joined, [BT, BC, 2]))
-    else:
+    elif N == 4:
         even, odd = tl.split(tl.reshape(joined, [BT, BC, 2, 2]))
         zero, two = tl.split(even)
         one, three = tl.split(odd)
         streams = (zero, one, two, three)
+    else:
+        even, odd = tl.split(tl.reshape(joined, [BT, BC, 2, 2, 2]))
+        zero_four, two_six = tl.split(even)
+        one_five, three_seven = tl.split(odd)
+        zero, four = tl.split(zero_four)
+        one, five = tl.split(one_five)
+        two, six = tl.split(two_six)
+        three, seven = tl.split(three_seven)
+        streams = (zero, one, two, three, four, five, six, seven)
     return streams
 
 

@@ -66,7 +66,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             post=Tile(tokens=16, channels=64, num_stages=1),
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=64),
-            streams_backward=Tile(tokens=16, channels=32, num_stages=1),
+            streams_backward=Tile(tokens=16, channels=16, num_stages=1),
             weight_backward=Tile(tokens=32, channels=64),
         )
     if dtype != torch.bfloat16:

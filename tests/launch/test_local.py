@@ -121,7 +121,7 @@ def test_a_thread_count_that_is_set_stays(job: Job) -> None:
 
 def test_ranks_meet_at_the_reserved_port(job: Job) -> None:
     code = (
-        "import torch.distributed as d; d.init_process_group('gloo'); "
+        "import torch.distributed as d; d.init_process_group('gloo'); d.barrier(); "
         "note(f'size{rank}', d.get_world_size()); d.destroy_process_group()"
     )
     status, _, err = job.run(code, code, OMP_NUM_THREADS="1")
