@@ -193,7 +193,6 @@ class MHCTransformerLayer(TransformerLayer):
                 branch_bias=bias,
                 norm=self._inside(following.input_layernorm),
             )
-            streams = _viewless(streams)
             self.chain.hand_over(streams, branch_input, mix)
         if recompute is not None:
             recompute.streams_done(sublayer, streams=before, new_streams=streams)
