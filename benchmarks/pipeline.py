@@ -24,7 +24,7 @@ from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.costs import Costs, StageCosts
 from mhc_megatron.pipeline.executor import execute
 from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
-from mhc_megatron.pipeline.lower import lower_rank
+from mhc_megatron.pipeline.lower import lower
 from mhc_megatron.pipeline.measure import Spans, timeline_of
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.simulate import simulate
@@ -78,7 +78,7 @@ def run(schedule: Schedule, costs: Costs) -> list[tuple[Spans, float]]:
         Sleeper(cost, is_first=number == 0)
         for number, cost in enumerate(costs.of_stages(schedule.num_stages))
     ]
-    programs = [lower_rank(schedule, rank) for rank in range(schedule.num_ranks)]
+    programs = lower(schedule)
 
     def rank(transport: InProcessTransport) -> tuple[Spans, float]:
         watch, start = HostStopwatch(), time.thread_time()

@@ -29,7 +29,7 @@ from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.actions import Transfer
 from mhc_megatron.pipeline.executor import execute
 from mhc_megatron.pipeline.in_process import InProcessTransport, run_ranks
-from mhc_megatron.pipeline.lower import lower_rank
+from mhc_megatron.pipeline.lower import lower
 from mhc_megatron.pipeline.phases import Lane, OverlapMode
 from mhc_megatron.pipeline.stage import AutogradStage, Stage
 from mhc_megatron.pipeline.transport import Message, Receipt, Transport
@@ -120,7 +120,7 @@ class VirtualRanks:
         # Megatron's tracker of random states is one for all threads and refuses to be in two
         # states at once; the one for inference leaves them alone. Nothing here is random.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-        self._programs = [lower_rank(self.schedule, r) for r in range(self.schedule.num_ranks)]
+        self._programs = lower(self.schedule)
         megatron_config = transformer_config(config)
         megatron_config.masked_softmax_fusion = False  # its extension comes with apex only
         megatron_config.delay_wgrad_compute &= delay

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,6 +60,18 @@ def inputs_of(compute: Compute, num_stages: int) -> Iterator[tuple[Compute, ...]
         stage = compute.stage + need.shift
         if need.shift and 0 <= stage < num_stages:
             yield tuple(Compute(op, stage, compute.mb) for op in need.any_of)
+
+
+def edges_of(schedule: Schedule) -> list[tuple[int, int]]:
+    """The directed edges (from, to) between ranks that a schedule uses, in one order for all."""
+    placement = schedule.placement
+    edges = set()
+    for mb in {0, schedule.num_mb - 1}:  # of either direction, where there are two
+        ranks = [placement.rank_of(stage, mb) for stage in range(schedule.num_stages)]
+        for here, there in pairwise(ranks):
+            if here != there:
+                edges |= {(here, there), (there, here)}
+    return sorted(edges, key=lambda edge: (min(edge), max(edge), edge))
 
 
 class Table:

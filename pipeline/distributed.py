@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhc_megatron.pipeline.actions import Transfer
+from mhc_megatron.pipeline.dataflow import edges_of
 from mhc_megatron.pipeline.schedule import Schedule
-from mhc_megatron.pipeline.transport import Message, TransferError, edges_of
+from mhc_megatron.pipeline.transport import Message, TransferError
 
 _POLL = 1e-4  # seconds
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mhc_megatron.pipeline.actions import Action, Compute, Op, Transfer, parts
 from mhc_megatron.pipeline.costs import Costs, Number, StageCosts
-from mhc_megatron.pipeline.dataflow import inputs_of, message_of
+from mhc_megatron.pipeline.dataflow import edges_of, inputs_of, message_of
 from mhc_megatron.pipeline.rows import Row
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.simulate import simulate
@@ -76,7 +76,6 @@ def _forwards(row: Row) -> Iterator[Compute]:
 def _program(timeline: Timeline, rank: int) -> Program:
     schedule = timeline.schedule
     placement, num_stages = schedule.placement, schedule.num_stages
-    actions = list(schedule.ranks[rank])
     inboxes, posts = _incoming(timeline, rank)
     received: set[Compute] = set()
     program: list[Action | Transfer] = []
@@ -90,7 +89,7 @@ def _program(timeline: Timeline, rank: int) -> Program:
             received.add(inbox[0])
             program.append(Transfer("recv", inbox.popleft(), peer))
 
-    for index, action in enumerate(actions):
+    for index, action in enumerate(schedule.ranks[rank]):
         program += posts[index]
         for compute in parts(action):
             for wanted in inputs_of(compute, num_stages):
@@ -112,7 +111,7 @@ def _incoming(
     starts = [span.start for span in timeline.spans(rank)]
     inboxes: dict[int, deque[Compute]] = defaultdict(deque)
     sent: list[tuple[Number, int, Compute]] = []
-    for peer in sorted(_peers(schedule, rank)):
+    for peer in (source for source, target in edges_of(schedule) if target == rank):
         for span in timeline.spans(peer):
             for compute in parts(span.action):
                 if _receiver(schedule, compute) == rank:
@@ -122,17 +121,6 @@ def _incoming(
     for time, peer, compute in sorted(sent, key=lambda each: each[0]):
         posts[bisect_left(starts, time)].append(Transfer("post", compute, peer))
     return inboxes, posts
-
-
-def _peers(schedule: Schedule, rank: int) -> set[int]:
-    """The ranks that make what ``rank`` needs."""
-    makers = {
-        wanted[0]
-        for action in schedule.ranks[rank]
-        for compute in parts(action)
-        for wanted in inputs_of(compute, schedule.num_stages)
-    }
-    return {schedule.placement.rank_of(of.stage, of.mb) for of in makers} - {rank}
 
 
 def _receiver(schedule: Schedule, compute: Compute) -> int | None:

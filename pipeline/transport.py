@@ -1,14 +1,12 @@
 """How messages travel between the ranks of a pipeline."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mhc_megatron.pipeline.actions import Transfer
-from mhc_megatron.pipeline.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +64,3 @@ class Transport(Protocol):
             TransferError: it did not go in time.
         """
         ...
-
-
-def edges_of(schedule: Schedule) -> list[tuple[int, int]]:
-    """The directed edges (from, to) between ranks that a schedule uses, in one order for all."""
-    placement = schedule.placement
-    edges = set()
-    for mb in {0, schedule.num_mb - 1}:  # of either direction, where there are two
-        ranks = [placement.rank_of(stage, mb) for stage in range(schedule.num_stages)]
-        for here, there in pairwise(ranks):
-            if here != there:
-                edges |= {(here, there), (there, here)}
-    return sorted(edges, key=lambda edge: (min(edge), max(edge), edge))
