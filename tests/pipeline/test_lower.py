@@ -1,12 +1,13 @@
 """Sends and receives: complete, in one order per directed edge, and free of deadlocks."""
 
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 
 import pytest
 from helpers.schedules import schedules
 from hypothesis import given, settings
 
-from mhc_megatron.pipeline.actions import Compute, Op, Overlap, Transfer, parts
+from mhc_megatron.pipeline.actions import Action, Compute, Op, Overlap, Transfer, parts
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.errors import Deadlock
 from mhc_megatron.pipeline.lower import Program, lower, lower_rank
@@ -60,33 +61,50 @@ def test_the_computes_are_the_schedules(schedule: Schedule) -> None:
         assert [step for step in program if not isinstance(step, Transfer)] == list(row)
 
 
-def _execute(schedule: Schedule, programs: tuple[Program, ...]) -> None:
-    """Run the programs with blocking receives over queues; check every input is there."""
-    queues: dict[tuple[int, int], deque[Compute]] = defaultdict(deque)
-    have: list[set[Compute]] = [set() for _ in programs]
+def _run(
+    programs: tuple[Program, ...], advance: Callable[[int, Action | Transfer], bool]
+) -> list[str]:
+    """Run all programs until nobody can go on; what each rank that has not ended stands before.
+
+    ``advance`` takes a rank's next step, and returns False where the rank has to wait.
+    """
     at = [0] * len(programs)
     moved = True
     while moved:
         moved = False
         for rank, program in enumerate(programs):
-            while at[rank] < len(program):
-                step = program[at[rank]]
-                if isinstance(step, Transfer) and step.kind == "recv":
-                    queue = queues[step.peer, rank]
-                    if not queue:
-                        break
-                    assert queue.popleft() == step.of
-                    have[rank].add(step.of)
-                elif isinstance(step, Transfer) and step.kind == "send":
-                    assert step.of in have[rank]
-                    queues[rank, step.peer].append(step.of)
-                elif not isinstance(step, Transfer):
-                    for compute in parts(step):
-                        _check_inputs(schedule, compute, have[rank])
-                    have[rank].update(parts(step))
+            while at[rank] < len(program) and advance(rank, program[at[rank]]):
                 at[rank] += 1
                 moved = True
-    assert at == [len(program) for program in programs]
+    return [
+        str(program[position])
+        for program, position in zip(programs, at, strict=True)
+        if position < len(program)
+    ]
+
+
+def _execute(schedule: Schedule, programs: tuple[Program, ...]) -> None:
+    """Run the programs with blocking receives over queues; check every input is there."""
+    queues: dict[tuple[int, int], deque[Compute]] = defaultdict(deque)
+    have: list[set[Compute]] = [set() for _ in programs]
+
+    def advance(rank: int, step: Action | Transfer) -> bool:
+        if not isinstance(step, Transfer):
+            for compute in parts(step):
+                _check_inputs(schedule, compute, have[rank])
+            have[rank].update(parts(step))
+        elif step.kind == "recv":
+            queue = queues[step.peer, rank]
+            if not queue:
+                return False
+            assert queue.popleft() == step.of
+            have[rank].add(step.of)
+        elif step.kind == "send":
+            assert step.of in have[rank]
+            queues[rank, step.peer].append(step.of)
+        return True
+
+    assert _run(programs, advance) == []
     assert not any(queues.values())
 
 
@@ -115,7 +133,6 @@ def _stuck(programs: tuple[Program, ...]) -> list[str]:
     posts it, until there are both.
     """
     sent: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-    at = [0] * len(programs)
 
     def idle(rank: int) -> bool:
         goes = (counts for (source, _), counts in sent.items() if source == rank)
@@ -124,30 +141,17 @@ def _stuck(programs: tuple[Program, ...]) -> list[str]:
             counts["post"] <= counts["send"] for counts in comes
         )
 
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(programs):
-            while at[rank] < len(program):
-                step = program[at[rank]]
-                if not isinstance(step, Transfer):
-                    if not idle(rank):
-                        break
-                elif step.kind == "recv":
-                    counts = sent[step.peer, rank]
-                    if counts["recv"] == counts["send"]:
-                        break
-                    counts["recv"] += 1
-                else:
-                    edge = (rank, step.peer) if step.kind == "send" else (step.peer, rank)
-                    sent[edge][step.kind] += 1
-                at[rank] += 1
-                moved = True
-    return [
-        str(program[position])
-        for program, position in zip(programs, at, strict=True)
-        if position < len(program)
-    ]
+    def advance(rank: int, step: Action | Transfer) -> bool:
+        if not isinstance(step, Transfer):
+            return idle(rank)
+        edge = (rank, step.peer) if step.kind == "send" else (step.peer, rank)
+        counts = sent[edge]
+        if step.kind == "recv" and counts["recv"] == counts["send"]:
+            return False
+        counts[step.kind] += 1
+        return True
+
+    return _run(programs, advance)
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
