@@ -162,21 +162,20 @@ class Timer:
 
 
 def step_config(
-    size: Size, num_ranks: int, schedule: str, variant: str, *, num_layers: int | None
+    size: Size, num_ranks: int, schedule: str, variant: Variant, *, num_layers: int | None
 ) -> TrainConfig:
     """A run of one schedule and variant on ``num_ranks`` pipeline ranks, bf16."""
-    chosen = variants(schedule)[variant]
     layers = num_layers or (12 if num_ranks == 2 else 16)
     return _config(
         size,
         ParallelConfig(
             pipeline=num_ranks,
             distributed_optimizer=True,
-            overlap=chosen.overlap,
+            overlap=variant.overlap,
             **SCHEDULES[schedule],
         ),
-        MHCConfig(backend=size.backend, recompute=chosen.recompute),
-        residual=chosen.residual,
+        MHCConfig(backend=size.backend, recompute=variant.recompute),
+        residual=variant.residual,
         num_layers=layers,
         num_mb=4 * num_ranks,
     )
@@ -218,13 +217,14 @@ def step_lines(
     ranks: Ranks, size: Size, schedule: str, *, num_layers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Result lines of a schedule, all variants, without provenance."""
+    timed_variants = variants(schedule)
     configs = [
         step_config(size, ranks.num_ranks, schedule, variant, num_layers=num_layers)
-        for variant in variants(schedule)
+        for variant in timed_variants.values()
     ]
     by_rank = ranks.run(time_steps, ranks.num_ranks, configs, seconds=SECONDS)
     baseline: dict[str, float] = {}
-    for index, variant in enumerate(variants(schedule)):
+    for index, variant in enumerate(timed_variants):
         config = configs[index]
         timed = [rank[index] for rank in by_rank]
         for metric, value, unit, more in _figures(config, timed):

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from kernel_table import Line, markdown, read
+from multigpu_plot import PLAIN, steps
 
-_PLAIN = "megatron-core"
+_PLAIN_STAGE = "megatron-core"
 
 
 def blocks(lines: list[Line]) -> str:
@@ -26,7 +27,7 @@ def blocks(lines: list[Line]) -> str:
         rows.setdefault(key, {})[line["metric"]] = line
     body = []
     for (model, dtype, implementation), row in rows.items():
-        if implementation == _PLAIN:
+        if implementation == _PLAIN_STAGE:
             continue
         step, kernels, memory = (row.get(name) for name in ("step", "kernels", "memory"))
         assert step is not None and memory is not None
@@ -68,20 +69,20 @@ def overlap(lines: list[Line]) -> str:
 
 def multigpu(lines: list[Line]) -> str:
     """Steps of pipelines over several GPUs: the plain residual, and what mHC adds, by variant."""
-    steps = {
-        (line["shape"]["schedule"], line["impl"]): line
-        for line in lines
-        if line["metric"] == "step" and "schedule" in line["shape"]
-    }
-    variants = list(dict.fromkeys(name for _, name in steps if name != "megatron_core"))
-    body = []
-    for schedule in dict.fromkeys(schedule for schedule, _ in steps):
-        row = [schedule, f"{steps[schedule, 'megatron_core']['value']:.0f} ms"]
-        for variant in variants:
-            line = steps.get((schedule, variant))
-            row.append("" if line is None else f"{100 * (line['ratio_to_baseline'] - 1):+.0f} %")
-        body.append(row)
-    names = [name.removeprefix("mhc_megatron.") for name in variants]
+    found = steps(lines)
+    plain = found.pop(PLAIN)
+    body = [
+        [
+            schedule,
+            f"{base:.0f} ms",
+            *(
+                f"{100 * (times[schedule] / base - 1):+.0f} %" if schedule in times else ""
+                for times in found.values()
+            ),
+        ]
+        for schedule, base in plain.items()
+    ]
+    names = [name.removeprefix("mhc_megatron.") for name in found]
     return markdown(["schedule", "plain", *names], body)
 
 
@@ -101,7 +102,7 @@ def training(lines: list[Line]) -> str:
         same = repeats.get((implementation, dtype))
         body.append(
             [
-                *("plain" if implementation == "megatron_core" else "mHC", dtype),
+                *("plain" if implementation == PLAIN else "mHC", dtype),
                 ", ".join(f"{line['value']:.3f}" for line in found),
                 "" if dtype == "bf16" else ", ".join(f"{ratio:+.1f} %" for ratio in ratios),
                 "" if same is None else "the same bits" if same else "other bits",
