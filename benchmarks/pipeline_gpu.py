@@ -33,7 +33,7 @@ from virtual_ranks import Step, VirtualRanks, run_config
 from mhc_megatron.pipeline.phases import OverlapMode
 
 SCHEDULES = ("zb_h1", "dualpipe_v", "dualpipe")
-CONTROLS, TIMED = 3, 3
+CONTROLS, TIMED = 8, 3
 
 
 def check(ranks: VirtualRanks, seeds: range, seconds: float) -> tuple[int, list[str]]:
