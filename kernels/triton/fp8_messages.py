@@ -81,7 +81,9 @@ def unpack_blocks(packed_ptr, tensor_ptr, R, BLOCK: tl.constexpr, ROWS: tl.const
     size = code & 0x7F
     normal = ((size << 20) + ((127 - 7) << 23)).to(tl.float32, bitcast=True)
     value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-    value = tl.where(size == 0x7F, float("nan"), value) * power_of_two(exponent)[:, None]
-    bits = value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)
+    value = value * power_of_two(exponent)[:, None]
+    # A GPU's own NaN has all bits set, and would be rounded beyond them, to zero.
+    bits = tl.where(size == 0x7F, 0x7FC00000, value.to(tl.int32, bitcast=True))
+    bits = bits | ((code & 0x80) << 24)
     value = rounded_to(bits, tensor_ptr.dtype.element_ty)
     tl.store(tensor_ptr + places, value, mask=live[:, None])

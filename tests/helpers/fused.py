@@ -188,9 +188,9 @@ def compare(case: Case, leaves: dict[str, Tensor | None], **keywords: object) ->
     )
     assert got.keys() == expected.keys()
     errors = {name: relative_error(got[name], expected[name]) for name in expected}
-    for name, share in _shares_of_gates(expected).items():
-        # A sum that cancels against itself is compared with a tenth of all three.
-        errors[name] *= min(1.0, 10 * share)
+    for name, size in _sizes_of_gates(case, leaves, expected).items():
+        # Both are nothing where one stream is all there is to mix.
+        errors[name] *= min(1.0, abs(float(expected[name])) / size) if size else 1.0
     for name, error in errors.items():
         assert got[name].isfinite().all(), name
         assert error <= tolerance(name, case), (name, error, errors)
@@ -200,11 +200,26 @@ def compare(case: Case, leaves: dict[str, Tensor | None], **keywords: object) ->
     return got
 
 
-def _shares_of_gates(expected: dict[str, Tensor]) -> dict[str, float]:
-    """The gates' gradients, over the norm of them all."""
-    gates = {name: abs(float(g)) for name, g in expected.items() if name.startswith("d_alpha")}
-    norm = sum(gate**2 for gate in gates.values()) ** 0.5
-    return {name: gate / norm if norm else 1.0 for name, gate in gates.items()}
+def _sizes_of_gates(
+    case: Case, leaves: dict[str, Tensor | None], expected: dict[str, Tensor]
+) -> dict[str, float]:
+    """Of the gates' gradients, if nothing but chance made their terms cancel.
+
+    A gate's gradient times the gate is the product of its rows of phi with their gradient. Of two
+    vectors of N numbers without relation that is the product of their lengths over the root of N;
+    where it happens to be less, the rounding of the sum is not.
+    """
+    sizes = {}
+    if "d_weight" in expected:
+        n = case.n
+        rows = {"pre": slice(0, n), "post": slice(n, 2 * n), "res": slice(2 * n, None)}
+        for kind, some in rows.items():
+            gate = leaves[f"alpha_{kind}"]
+            if gate is not None:
+                phi, gradient = leaves["weight"][some], expected["d_weight"][some]
+                size = phi.norm() * gradient.norm() / gate.abs()
+                sizes[f"d_alpha_{kind}"] = float(size) / phi.numel() ** 0.5
+    return sizes
 
 
 def random_gradients(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
