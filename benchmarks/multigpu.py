@@ -115,12 +115,15 @@ def steps(bench: Bench) -> None:
     for name in part.SCHEDULES:
         if bench.args.cases and name not in bench.args.cases:
             continue
-        bench.attempt(
-            f"steps {name}",
-            lambda name=name: part.step_lines(
-                bench.ranks, size, name, num_layers=bench.args.layers
-            ),
-        )
+        for launch in bench.args.launches or (
+            part.LAUNCHES if torch.cuda.is_available() else ["eager"]
+        ):
+            bench.attempt(
+                f"steps {name} {launch}",
+                lambda name=name, launch=launch: part.step_lines(
+                    bench.ranks, size, name, launch, num_layers=bench.args.layers
+                ),
+            )
 
 
 def p2p(bench: Bench) -> None:
@@ -191,6 +194,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True, help="results folder")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--cases", nargs="+", help="of the parts: only these")
+    parser.add_argument(
+        "--launches", nargs="+", choices=("eager", "graph"), help="of the steps (default: both)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, help="processes (default: one per GPU)")
     parser.add_argument("--hidden", type=int, metavar="C", help="instead of each part's own")

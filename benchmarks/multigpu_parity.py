@@ -68,6 +68,7 @@ class Case:
         bound: see the module.
         experts: a mixture of experts.
         halves: one GPU adds up either half of the micro-batches by itself.
+        graph: the last step is a CUDA graph.
         overlap: gradients are reduced and parameters gathered during backward and forward.
         spoiled: gradients of the hyper-connections are not added up over sequence-parallel ranks.
             It has to be found.
@@ -77,6 +78,7 @@ class Case:
     bound: Bound = "exact"
     experts: bool = False
     halves: bool = False
+    graph: bool = False
     overlap: bool = False
     spoiled: bool = False
 
@@ -105,12 +107,22 @@ def cases(num_ranks: int) -> dict[str, Case]:
             layout={**sequence, "pipeline": 2, "schedule": "dualpipe_v"}, bound="rounding"
         ),
     }
+    if torch.cuda.is_available():
+        found |= {
+            f"{name}_graph": replace(found[name], graph=True)
+            for name in ("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp4_dualpipe_v")
+        }
     sizes = {name: ParallelConfig(**case.layout).world_size for name, case in found.items()}
     return {name: case for name, case in found.items() if sizes[name] <= num_ranks}
 
 
 def run_config(
-    size: dict[str, int], backend: Backend, layout: dict[str, Any], *, experts: bool = False
+    size: dict[str, int],
+    backend: Backend,
+    layout: dict[str, Any],
+    *,
+    experts: bool = False,
+    graph: bool = False,
 ) -> TrainConfig:
     """A bf16 model; ``size`` has ModelConfig's names."""
     moe = {
@@ -128,6 +140,7 @@ def run_config(
         micro_batch_size=1,
         global_batch_size=NUM_MB,
         dtype="bf16",
+        cuda_graph=graph,
         timeout_minutes=SECONDS / 60,
     )
 
@@ -271,7 +284,9 @@ class Parity:
             WorkerFailed: a job failed.
             UserError: this layout is not supported here.
         """
-        config = run_config(self._size, self._backend, case.layout, experts=case.experts)
+        config = run_config(
+            self._size, self._backend, case.layout, experts=case.experts, graph=case.graph
+        )
         require_transformer_engine_where_core_does(transformer_config(config))
         single = self._single(case)
         noise = None if case.bound == "exact" else self._noise_of(experts=case.experts)

@@ -20,6 +20,7 @@ from ranks import Ranks
 
 from mhc_megatron.config import Backend, MHCConfig
 from mhc_megatron.launch.environment import World
+from mhc_megatron.megatron.step_graph import StepGraph
 from mhc_megatron.pipeline.measure import Spans, costs_of, timeline_of
 from mhc_megatron.pipeline.simulate import simulate
 from mhc_megatron.pipeline.stopwatch import stopwatch
@@ -29,7 +30,7 @@ from mhc_megatron.training.pipeline import pipeline_schedule
 from mhc_megatron.training.runtime import distributed_runtime
 from mhc_megatron.training.trainer import Trainer
 
-WARM_UP, TIMED = 2, 4  # steps; one more is measured action by action
+WARM_UP, TIMED = 3, 4  # steps; one more is measured action by action
 SECONDS = 75.0  # of a schedule with all variants; the first compiles the kernels
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "megatron"},
@@ -95,6 +96,9 @@ class Timed:
     peak_bytes: int
 
 
+LAUNCHES = {"eager": False, "graph": True}  # value: cuda_graph
+
+
 def time_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Timed]:
     """A job: steps of several runs that have one layout."""
     found = []
@@ -115,6 +119,8 @@ def _time(config: TrainConfig) -> Timed:
     timers = Timers()
     trainer.megatron_config.timers = timers
     last = trainer.step(config.steps - 1)
+    if isinstance(trainer.forward_backward, StepGraph):
+        trainer.forward_backward.forget()
     # The optimizer keeps views of float32 parameters, behind which Python's collector cannot see:
     # without this the configuration and the model would keep each other, beside the next run.
     trainer.megatron_config.grad_scale_func = trainer.megatron_config.no_sync_func = None
@@ -162,7 +168,13 @@ class Timer:
 
 
 def step_config(
-    size: Size, num_ranks: int, schedule: str, variant: Variant, *, num_layers: int | None
+    size: Size,
+    num_ranks: int,
+    schedule: str,
+    variant: Variant,
+    *,
+    num_layers: int | None,
+    graph: bool = False,
 ) -> TrainConfig:
     """A run of one schedule and variant on ``num_ranks`` pipeline ranks, bf16."""
     layers = num_layers or (12 if num_ranks == 2 else 16)
@@ -178,6 +190,7 @@ def step_config(
         residual=variant.residual,
         num_layers=layers,
         num_mb=4 * num_ranks,
+        graph=graph,
     )
 
 
@@ -189,6 +202,7 @@ def _config(
     residual: Any,
     num_layers: int,
     num_mb: int,
+    graph: bool = False,
 ) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
@@ -207,6 +221,7 @@ def _config(
         global_batch_size=num_mb * layout.data,
         eval_iters=1,
         transformer_impl=TRANSFORMER_IMPL,
+        cuda_graph=graph,
         dtype="bf16",
         timeout_minutes=SECONDS / 60,
         out=str(size.out / "run"),
@@ -214,12 +229,16 @@ def _config(
 
 
 def step_lines(
-    ranks: Ranks, size: Size, schedule: str, *, num_layers: int | None
+    ranks: Ranks, size: Size, schedule: str, launch: str, *, num_layers: int | None
 ) -> Iterator[dict[str, Any]]:
-    """Result lines of a schedule, all variants, without provenance."""
+    """Result lines of a schedule, all variants, one of ``LAUNCHES``, without provenance."""
     timed_variants = variants(schedule)
     configs = [
-        step_config(size, ranks.num_ranks, schedule, variant, num_layers=num_layers)
+        step_config(
+            *(size, ranks.num_ranks, schedule, variant),
+            num_layers=num_layers,
+            graph=LAUNCHES[launch],
+        )
         for variant in timed_variants.values()
     ]
     by_rank = ranks.run(time_steps, ranks.num_ranks, configs, seconds=SECONDS)
@@ -234,6 +253,7 @@ def step_lines(
                 "metric": metric,
                 "value": value,
                 "unit": unit,
+                "launch": launch,
                 **more,
             }
             if variant == "plain":
@@ -256,6 +276,8 @@ def _figures(
     yield "throughput", tokens / step * 1e3, "tokens/s", {}
     if timed[0].peak_bytes:
         yield "peak_memory", max(rank.peak_bytes for rank in timed), "bytes", {}
+    if config.cuda_graph:
+        return
     if not timed[0].spans:
         if config.parallel.pipeline > 1:
             waits = [1e3 * rank.receiving for rank in timed]

@@ -20,6 +20,7 @@ from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.transport import Message, TransferError
 
 _POLL = 1e-4  # seconds
+_SENDS_HELD = 4  # of a captured step
 
 
 class DistributedTransport:
@@ -29,6 +30,11 @@ class DistributedTransport:
     so only when it is waited for, which is at the end of the step). On NCCL a receive makes the
     current stream wait; the host waits for the message before it on the same edge, so that it is
     never more than one message per edge ahead, and a peer that is gone is noticed.
+
+    While a CUDA graph is captured nothing moves, and only the stream waits: for a message, and for
+    the oldest of more sends than a few, whose memory can then be used again. ``lower_rank`` says
+    why every action may wait for what is under way. Nobody notices a peer that is gone when such a
+    graph is replayed.
 
     Args:
         schedule: its placement says which ranks talk to each other.
@@ -81,8 +87,12 @@ class DistributedTransport:
 
     def send(self, transfer: Transfer, tensor: Tensor) -> None:
         """As in ``Transport``."""
-        while self._sent and self._sent[0][1].is_completed():
-            self._sent.popleft()
+        if _capturing(tensor):
+            while len(self._sent) >= _SENDS_HELD:
+                self._sent.popleft()[1].wait()
+        else:
+            while self._sent and self._sent[0][1].is_completed():
+                self._sent.popleft()
         tensor = tensor.contiguous()
         group = self._edges[self.rank, transfer.peer]
         try:
@@ -109,7 +119,7 @@ class DistributedTransport:
             _complete(receipt.work, receipt.tensor, self.timeout)
             return
         before = self._last.get(receipt.peer)
-        if before is not None:
+        if before is not None and not _capturing(receipt.tensor):
             _complete(before.work, before.tensor, self.timeout)
         self._last[receipt.peer] = receipt
         receipt.work.wait()
@@ -150,16 +160,21 @@ def _pipelines(ranks: Sequence[int]) -> list[list[int]]:
     return sorted({tuple(pipeline): pipeline for pipeline in found}.values())
 
 
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _complete(work: dist.Work | None, tensor: Tensor, timeout: timedelta) -> None:
     """Wait on the host until a transfer is over."""
     assert work is not None
     try:
-        if tensor.is_cuda:
+        if tensor.is_cuda and not _capturing(tensor):
             deadline = time.monotonic() + timeout.total_seconds()
             while not work.is_completed():
                 if time.monotonic() > deadline:
                     raise TransferError(f"nothing moved within {timeout.total_seconds():g} s")
                 time.sleep(_POLL)
+        if tensor.is_cuda:
             work.wait()
         else:
             work.wait(timeout)

@@ -212,6 +212,28 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
         (lambda: TrainConfig(fp8_recipe="x"), "fp8_recipe='x' is not one of delayed, tensorwise,"),
         (lambda: TrainConfig(fp8="hybrid"), "needs transformer_impl='transformer_engine': mega"),
         (
+            lambda: TrainConfig(cuda_graph=True, model=ModelConfig(num_moe_experts=4)),
+            "cuda_graph=True does not combine with model.num_moe_experts=4: the host reads",
+        ),
+        (
+            lambda: TrainConfig(
+                cuda_graph=True, dtype="fp16", parallel=ParallelConfig(distributed_optimizer=True)
+            ),
+            "cuda_graph=True does not combine with dtype='fp16': the loss scale .*; use bf16",
+        ),
+        (
+            lambda: TrainConfig(
+                cuda_graph=True,
+                transformer_impl="transformer_engine",
+                parallel=ParallelConfig(context=2),
+            ),
+            "cuda_graph=True does not combine with parallel.context=2: Megatron copies",
+        ),
+        (
+            lambda: TrainConfig(cuda_graph=True, recompute="full"),
+            "cuda_graph=True does not combine with recompute='full': .*, or set cuda_graph=False",
+        ),
+        (
             lambda: TrainConfig(
                 model=ModelConfig(seq_length=36),
                 micro_batch_size=2,

@@ -44,7 +44,7 @@ class ChunkStages:
         first_val_step: bool | None,
     ) -> None:
         self.reports: list[Any] = []
-        self.num_tokens = torch.zeros((), dtype=torch.int)
+        self.num_tokens = torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
         self._forward_step_func, self._config = forward_step_func, config
         self._num_mb, self._num_stages = schedule.num_mb, schedule.num_stages
         # Those of one replica, by which Megatron divides a mean loss before it averages replicas.

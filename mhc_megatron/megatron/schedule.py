@@ -249,7 +249,7 @@ class ForwardBackward:
         tokens = None
         if config.calculate_per_token_loss:
             # Megatron broadcasts the last rank's count, and here another rank may have the loss.
-            tokens = num_tokens.to(torch.cuda.current_device())
+            tokens = num_tokens.clone()
             torch.distributed.all_reduce(tokens, group=groups.pp)
         config.finalize_model_grads_func(
             chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce

@@ -145,6 +145,8 @@ class TrainConfig:
         timeout_minutes: until a process that does not answer the others is an error.
         out: run directory: metrics, report, TensorBoard, checkpoints.
         transformer_impl: ``local`` (megatron-core's own modules) or ``transformer_engine``.
+        cuda_graph: from the third step on, all forwards and backwards of a step are one CUDA
+            graph, which the host launches at once (megatron/step_graph.py).
         fp8: number format of the matrix products in the branches, Megatron's ``--fp8-format``:
             ``hybrid`` (e4m3, gradients in e5m2) or ``e4m3``; None for none. The streams, their
             coefficients, the embedding and the output layer stay in ``dtype``.
@@ -173,6 +175,7 @@ class TrainConfig:
     timeout_minutes: float = 10.0
     out: str = "runs/train"
     transformer_impl: Literal["local", "transformer_engine"] = "local"
+    cuda_graph: bool = False
     fp8: Literal["hybrid", "e4m3"] | None = None
     fp8_recipe: FP8Recipe = "delayed"
 
@@ -287,6 +290,41 @@ class TrainConfig:
                 "MoE with parallel.tensor > 1 needs parallel.sequence=True (megatron-core's rule)"
             )
         self._check_fp8()
+        if self.cuda_graph:
+            self._check_graph()
+
+    def _check_graph(self) -> None:
+        for refused, option, reason, remedy in (
+            (
+                self.model.num_moe_experts is not None,
+                f"model.num_moe_experts={self.model.num_moe_experts}",
+                "the host reads how many tokens each expert has",
+                "use a dense model",
+            ),
+            (
+                self.dtype == "fp16",
+                "dtype='fp16'",
+                "the loss scale would stay what it was when the step was captured",
+                "use bf16",
+            ),
+            (
+                self.parallel.context > 1,
+                f"parallel.context={self.parallel.context}",
+                "Megatron copies indices from the host while it slices micro-batches",
+                "use parallel.context=1",
+            ),
+            (
+                self.recompute != "none",
+                f"recompute={self.recompute!r}",
+                "Megatron's recompute copies the states of random numbers to the host",
+                "use recompute='none', with mhc.recompute as you like",
+            ),
+        ):
+            if refused:
+                raise UserError(
+                    f"cuda_graph=True does not combine with {option}: {reason}; {remedy}, or set "
+                    "cuda_graph=False"
+                )
 
     def _check_fp8(self) -> None:
         if self.fp8 is None:

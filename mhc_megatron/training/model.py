@@ -1,5 +1,6 @@
 """From a TrainConfig to Megatron's GPT model chunks on this rank."""
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from mhc_megatron.megatron.chunks import stage_place
 from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.spec import gpt_block_spec, gpt_mtp_spec
 from mhc_megatron.megatron.split_linear import split_linears
+from mhc_megatron.megatron.step_graph import capture_stream
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.pipeline import pipeline_schedule
 from mhc_megatron.training.runtime import set_seed
@@ -75,6 +77,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         "use_cpu_initialization": not torch.cuda.is_available(),
         "gradient_accumulation_fusion": False,
         "deallocate_pipeline_outputs": True,
+        "batch_p2p_sync": not config.cuda_graph,  # the host cannot wait while a step is captured
         "transformer_impl": config.transformer_impl,
         "fp8": config.fp8,
         "fp8_recipe": config.fp8_recipe,
@@ -239,10 +242,15 @@ def wrap_data_parallel(
     )
     # With disable_bucketing, which Megatron sets for all chunks but the first, a chunk's bf16 and
     # float32 parameters are gathered in one call, where gloo takes all for one dtype's.
-    wrapped = [
-        DistributedDataParallel(config=megatron_config, ddp_config=ddp_config, module=chunk)
-        for chunk in chunks
-    ]
+    with contextlib.ExitStack() as stack:
+        if config.cuda_graph:
+            capture_stream().wait_stream(torch.cuda.current_stream())
+            stack.callback(torch.cuda.synchronize)
+            stack.enter_context(torch.cuda.stream(capture_stream()))
+        wrapped = [
+            DistributedDataParallel(config=megatron_config, ddp_config=ddp_config, module=chunk)
+            for chunk in chunks
+        ]
     no_sync = [chunk.no_sync for chunk in wrapped]
     megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mhc_megatron.megatron.p2p import stream_p2p
 from mhc_megatron.megatron.schedule import ForwardBackward
+from mhc_megatron.megatron.step_graph import StepGraph
 from mhc_megatron.message_blocks import MessageBlocks
 from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pipeline.distributed import DistributedTransport
@@ -80,8 +81,21 @@ def forward_backward_func(
 
     Returns:
         Megatron's own function, with p2p of n streams where they cross ranks, or a
-        ``ForwardBackward``.
+        ``ForwardBackward``; with ``cuda_graph`` a ``StepGraph`` of one of them.
     """
+    function = _eager_function(config, megatron_config)
+    return StepGraph(function) if config.cuda_graph else function
+
+
+def executor_of(function: ForwardBackwardFunction) -> ForwardBackward | None:
+    """What executes a schedule of ours, in a graph or not; None under Megatron's schedules."""
+    inner = function.function if isinstance(function, StepGraph) else function
+    return inner if isinstance(inner, ForwardBackward) else None
+
+
+def _eager_function(
+    config: TrainConfig, megatron_config: TransformerConfig
+) -> ForwardBackwardFunction:
     if config.parallel.schedule != "megatron":
         schedule = pipeline_schedule(config)
         transport: Transport = DistributedTransport(
@@ -107,6 +121,8 @@ def measured(
     config: TrainConfig, function: ForwardBackwardFunction, *, enabled: bool
 ) -> Iterator[list[Spans]]:
     """Measure every action of the steps inside, if ``function`` is a ForwardBackward.
+
+    In a graph there are no actions any more, and nothing is measured.
 
     Entered and left by all processes together.
 

@@ -11,11 +11,13 @@ from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.compat import forget_moe_metrics, require_supported_core
 from mhc_megatron.megatron.cpu_runtime import cpu_runtime
+from mhc_megatron.megatron.step_graph import capture_stream
 from mhc_megatron.training.config import TrainConfig
 
 # Different pipeline stages draw different weights (Megatron-LM's own stride).
@@ -54,6 +56,8 @@ def distributed_runtime(
     backend = backend or ("nccl" if on_gpu else "gloo")
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
+    if config.cuda_graph:
+        capture_stream()
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu_runtime())
         torch.distributed.init_process_group(
@@ -82,6 +86,8 @@ def distributed_runtime(
             data_parallel_size=layout.data,
         )
         stack.callback(destroy_num_microbatches_calculator)
+        # A graph counts on the states of random numbers, and keeps them on the GPU.
+        initialize_rng_tracker(use_cudagraphable_rng=config.cuda_graph, force_reset=True)
         set_seed(config.seed)
         try:
             yield

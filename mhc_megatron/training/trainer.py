@@ -16,7 +16,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.fp8 import reject_unreadable_scales
 from mhc_megatron.launch.environment import allows_pickled_scales
 from mhc_megatron.megatron.engine import refuses_pickled_scales
-from mhc_megatron.megatron.schedule import ForwardBackward
+from mhc_megatron.megatron.step_graph import StepGraph
 from mhc_megatron.pipeline.measure import Spans
 from mhc_megatron.training import checkpoint
 from mhc_megatron.training.async_save import BackgroundSave
@@ -32,6 +32,7 @@ from mhc_megatron.training.model import (
 from mhc_megatron.training.optimizer import build_optimizer, update_groups
 from mhc_megatron.training.pipeline import (
     data_rank,
+    executor_of,
     forward_backward_func,
     measured,
     pipeline_ranks,
@@ -102,9 +103,10 @@ class Trainer:
         self._meter = open_meter()
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = forward_backward_func(config, self.megatron_config)
-        if isinstance(self.forward_backward, ForwardBackward):
+        executor = executor_of(self.forward_backward)
+        if executor is not None:
             self.heartbeat.pipeline = pipeline_ranks(config)
-            self.forward_backward.progress = self.heartbeat.item
+            executor.progress = self.heartbeat.item
 
     def resume(self) -> int:
         """Load the newest whole checkpoint; returns the completed steps, 0 without one."""
@@ -112,6 +114,8 @@ class Trainer:
         found = newest_good(self.folder / "checkpoints", self.config)
         if found is None:
             return 0
+        if isinstance(self.forward_backward, StepGraph):
+            self.forward_backward.forget()
         return checkpoint.load(found, chunks=self.bare_chunks, optimizer=self.optimizer)
 
     def save(self, step: int) -> None:

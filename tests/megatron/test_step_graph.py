@@ -1,0 +1,22 @@
+"""What a graph of a step needs; that it has the bits of its kernels is tested in tests/gpu."""
+
+import pytest
+import torch
+
+from mhc_megatron.errors import UserError
+from mhc_megatron.launch.environment import World
+from mhc_megatron.megatron import step_graph
+from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.runtime import distributed_runtime
+
+
+def test_without_a_gpu_it_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    step_graph.capture_stream.cache_clear()
+    one = World(rank=0, local_rank=0, world_size=1)
+    config = TrainConfig(cuda_graph=True)
+    refused = pytest.raises(UserError, match=r"cuda_graph=True needs a GPU .* cuda_graph=False")
+    with refused, distributed_runtime(config, one):
+        raise AssertionError("it has started")
