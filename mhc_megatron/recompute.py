@@ -20,6 +20,8 @@ from mhc_megatron.hyper_connection import Mix, Observer, normalises
 from mhc_megatron.pipeline.blocks import recompute_plan
 from mhc_megatron.pipeline.errors import ScheduleError
 
+CudaStreams = Sequence["torch.cuda.Stream"]
+
 
 class _Dropped:
     """A tensor's memory, emptied until ``restore``. The alias has no graph and no version."""
@@ -43,10 +45,13 @@ class _Dropped:
 class _Block:
     """The sublayers of one block in one forward. Holds aliases only, so the graph can own it."""
 
-    def __init__(self, streams: Tensor, mhc: MHCConfig, observer: Observer | None) -> None:
+    def __init__(
+        self, streams: Tensor, mhc: MHCConfig, observer: Observer | None, lanes: CudaStreams
+    ) -> None:
         self._first: Tensor | None = streams.data
         self._mhc = mhc
         self._observer = observer
+        self._lanes = lanes
         self._states: list[_Dropped] = []
         self._inputs: list[_Dropped] = []
         self._normed: list[tuple[int, _Dropped, Callable[[Tensor], Tensor]]] = []
@@ -95,18 +100,10 @@ class _Block:
             torch.cuda.current_stream().wait_event(self._ahead)
             self._ahead = None
 
-    def rebuild_ahead(self, user: "torch.cuda.Stream | None") -> None:
-        """``rebuild`` on the current stream; what enters the block waits for it.
-
-        Args:
-            user: the stream on which the block's branches run; None on the CPU.
-        """
-        filled = [self._states, self._inputs, [dropped for _, dropped, _ in self._normed]]
-        aliases = [dropped.alias for held in filled for dropped in held]
+    def rebuild_ahead(self) -> None:
+        """``rebuild`` on the current stream; what enters the block waits for it."""
         self.rebuild()
-        if user is not None:
-            for alias in aliases:
-                alias.record_stream(user)
+        if self._lanes:
             self._ahead = torch.cuda.current_stream().record_event()
 
     @torch.no_grad()
@@ -118,6 +115,11 @@ class _Block:
             self._fill(self._first)
         else:
             self._observer(self._fill, self._first)
+        normed = [dropped for _, dropped, _ in self._normed]
+        for dropped in (*self._states, *self._inputs, *normed):
+            # Its memory is the current stream's, and others use it.
+            for lane in self._lanes:
+                dropped.alias.record_stream(lane)
         # The kernels' backward reads states once. The reference's nodes are many, and a split
         # backward returns to some of them.
         if not isinstance(self._mixes[0], kernels.PackedMappings):
@@ -159,12 +161,16 @@ class ForwardRecompute:
     """
 
     def __init__(
-        self, plan: Sequence[range], mhc: MHCConfig, observer: Observer | None = None
+        self,
+        plan: Sequence[range],
+        mhc: MHCConfig,
+        observer: Observer | None = None,
+        lanes: CudaStreams = (),
     ) -> None:
         self._starts = {block.start for block in plan}
         self._ends = {block.stop - 1 for block in plan}
         self._mhc = mhc
-        self._observer = observer
+        self._observer, self._lanes = observer, lanes
         self._block: _Block | None = None
         self._blocks: list[_Block] = []
         self._storage: int | None = None
@@ -202,7 +208,7 @@ class ForwardRecompute:
                 "be rebuilt; leave them as they are, or use recompute='none'"
             )
         if sublayer in self._starts:
-            self._block = _Block(streams, self._mhc, self._observer)
+            self._block = _Block(streams, self._mhc, self._observer, self._lanes)
             self._blocks.append(self._block)
         assert self._block is not None
         self._block.branch_done(branch_input, normed, norm, output, bias, mix)
@@ -261,9 +267,13 @@ class StreamRecompute:
         self.observer: Observer | None = None
         self._latest: ForwardRecompute | None = None
 
-    def begin(self) -> ForwardRecompute:
-        """A forward of the stage starts."""
-        self._latest = ForwardRecompute(self.plan, self._mhc, self.observer)
+    def begin(self, lanes: CudaStreams = ()) -> ForwardRecompute:
+        """A forward of the stage starts.
+
+        Args:
+            lanes: the streams that use what it drops, if there are several.
+        """
+        self._latest = ForwardRecompute(self.plan, self._mhc, self.observer, lanes)
         return self._latest
 
     @property

@@ -43,7 +43,9 @@ class LayerChain:
         """What drops the layer's states; None where there is no backward to rebuild them for."""
         if self.recompute is None or not torch.is_grad_enabled():
             return None
-        return self.recompute.begin() if layer is self.layers[0] else self.recompute.current
+        if layer is not self.layers[0]:
+            return self.recompute.current
+        return self.recompute.begin(() if self.marker is None else self.marker.lanes.of_states)
 
     def begin(
         self, phase: str, *tensors: Tensor, used: Sequence[Tensor | None] = ()

@@ -167,4 +167,4 @@ class _BackwardSide:
                     self._stage.weights_so_far(self._mb)
             else:
                 with torch.cuda.stream(self._lanes.stream(Lane.PRIORITY)):
-                    self._blocks.pop(0).rebuild_ahead(self._lanes.compute)
+                    self._blocks.pop(0).rebuild_ahead()

@@ -42,6 +42,12 @@ class Lanes:
         """A ``torch.cuda.Stream``; None on the CPU."""
         return self._streams.get(lane)
 
+    @property
+    def of_states(self) -> tuple[Any, ...]:
+        """The streams that use the states and the branches' inputs; none on the CPU."""
+        lanes = (Lane.COMPUTE, Lane.PRIORITY) if self._streams else ()
+        return tuple(self._streams[lane] for lane in lanes)
+
     def enter(self, lane: Lane, ended: Any, tensors: Sequence[Tensor | None]) -> None:
         """Go on with ``lane``, after the event ``ended``, with ``tensors`` made before."""
         stream = self.stream(lane)
