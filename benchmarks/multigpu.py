@@ -115,9 +115,7 @@ def steps(bench: Bench) -> None:
     for name in part.SCHEDULES:
         if bench.args.cases and name not in bench.args.cases:
             continue
-        for launch in bench.args.launches or (
-            part.LAUNCHES if torch.cuda.is_available() else ["eager"]
-        ):
+        for launch in bench.args.launches:
             bench.attempt(
                 f"steps {name} {launch}",
                 lambda name=name, launch=launch: part.step_lines(
@@ -195,7 +193,10 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--cases", nargs="+", help="of the parts: only these")
     parser.add_argument(
-        "--launches", nargs="+", choices=("eager", "graph"), help="of the steps (default: both)"
+        "--launches",
+        nargs="+",
+        choices=("eager", "graph"),
+        help="of the steps (default: both on GPUs)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, help="processes (default: one per GPU)")
@@ -232,6 +233,7 @@ def _prepare_environment(args: argparse.Namespace) -> None:
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     args.backend = "triton" if args.device == "cuda" else "reference"
+    args.launches = args.launches or (["eager", "graph"] if args.device == "cuda" else ["eager"])
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no multicast over NVLink
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # sums in one order, also on busy streams
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every stream

@@ -25,7 +25,8 @@ def latest(lines: list[Line], metric: str) -> list[Line]:
     found: dict[str, Line] = {}
     for line in lines:
         if (line["commit"], line["metric"]) == (commit, metric):
-            found[f"{line['impl']} {sorted(line['shape'].items())}"] = line
+            work = f"{line['impl']} {sorted(line['shape'].items())} {line.get('launch')}"
+            found[work] = line
     return list(found.values())
 
 
@@ -34,7 +35,9 @@ def steps(lines: list[Line]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for line in latest(lines, "step"):
         if "schedule" in line["shape"]:
-            found.setdefault(line["impl"], {})[line["shape"]["schedule"]] = line["value"]
+            name = line["shape"]["schedule"]
+            name += ", as a graph" if line.get("launch") == "graph" else ""
+            found.setdefault(line["impl"], {})[name] = line["value"]
     return found
 
 

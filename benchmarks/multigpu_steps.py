@@ -32,6 +32,7 @@ from mhc_megatron.training.trainer import Trainer
 
 WARM_UP, TIMED = 3, 4  # steps; one more is measured action by action
 SECONDS = 75.0  # of a schedule with all variants; the first compiles the kernels
+NO_PIPELINE = "none"
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "megatron"},
     "interleaved": {"schedule": "megatron", "virtual": 2},
@@ -177,14 +178,14 @@ def step_config(
     graph: bool = False,
 ) -> TrainConfig:
     """A run of one schedule and variant on ``num_ranks`` pipeline ranks, bf16."""
-    layers = num_layers or (12 if num_ranks == 2 else 16)
+    layers = num_layers or {1: 8, 2: 12}.get(num_ranks, 16)
     return _config(
         size,
         ParallelConfig(
             pipeline=num_ranks,
             distributed_optimizer=True,
             overlap=variant.overlap,
-            **SCHEDULES[schedule],
+            **({} if schedule == NO_PIPELINE else SCHEDULES[schedule]),
         ),
         MHCConfig(backend=size.backend, recompute=variant.recompute),
         residual=variant.residual,

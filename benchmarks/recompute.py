@@ -292,7 +292,10 @@ def rebuild_call(size: Size, block: int, seed: int, has_norms: bool) -> Callable
 
 
 def step_lines(size: Size, repetitions: int) -> Iterator[dict[str, Any]]:
-    """Forward and backward of a stage with attention and FFN, policies taking turns."""
+    """Forward and backward of a stage with attention and FFN, policies taking turns.
+
+    Launched kernel by kernel, and as one CUDA graph; then the kernels of a profile.
+    """
     base = MHCConfig(num_streams=size.streams)
 
     def branch(index: int) -> nn.Module:
@@ -300,7 +303,7 @@ def step_lines(size: Size, repetitions: int) -> Iterator[dict[str, Any]]:
 
     stage, x = Stage(size, base, branch, norm=BranchNorm), inputs(size)
     variants = {"none": base, "auto": replace(base, recompute="auto")}
-    times: dict[str, list[float]] = defaultdict(list)
+    eager: dict[str, list[float]] = defaultdict(list)
     for repetition in range(repetitions + 2):  # the first two warm up
         for name, mhc in variants.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -310,21 +313,30 @@ def step_lines(size: Size, repetitions: int) -> Iterator[dict[str, Any]]:
             stop.record()
             stop.synchronize()
             if repetition > 1:
-                times[name].append(start.elapsed_time(stop))
-    base_time = statistics.median(times["none"])
-    for name, found in times.items():
-        yield {
-            "benchmark": "recompute_time",
-            "impl": f"mhc_megatron.{name}",
-            "shape": shape(size),
-            "metric": "step",
-            "value": round(statistics.median(found), 3),
-            "spread": [round(min(found), 3), round(max(found), 3)],
-            "unit": "ms",
-            "floor": round(base_time, 3),
-            "ratio_to_floor": round(statistics.median(found) / base_time, 4),
-            "launch": "eager",
-        }
+                eager[name].append(start.elapsed_time(stop))
+    graphs: dict[str, list[float]] = defaultdict(list)
+    for _ in range(4):
+        for name, mhc in variants.items():
+            step = graph_times(
+                [lambda mhc=mhc: stage(x, begin(mhc, size)).sum().backward()],
+                repetitions=repetitions,
+            )
+            graphs[name].append(step.median / 1e3)
+    for launch, times in (("eager", eager), ("graph", graphs)):
+        base_time = statistics.median(times["none"])
+        for name, found in times.items():
+            yield {
+                "benchmark": "recompute_time",
+                "impl": f"mhc_megatron.{name}",
+                "shape": shape(size),
+                "metric": "step",
+                "value": round(statistics.median(found), 3),
+                "spread": [round(min(found), 3), round(max(found), 3)],
+                "unit": "ms",
+                "floor": round(base_time, 3),
+                "ratio_to_floor": round(statistics.median(found) / base_time, 4),
+                "launch": launch,
+            }
     profiles = {
         name: kernel_profile(lambda mhc=mhc: stage(x, begin(mhc, size)).sum().backward())
         for name, mhc in variants.items()

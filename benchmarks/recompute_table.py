@@ -16,6 +16,7 @@ from mhc_megatron.report.plots import BLUE, VERMILLION, Line, line_chart
 
 Record = dict[str, Any]
 _GIB = 2**30
+_AS = {"eager": "", "graph": ", as one CUDA graph"}
 
 
 def memory(lines: list[Record]) -> str:
@@ -45,7 +46,7 @@ def time(lines: list[Record]) -> str:
     ]
     body += [
         [
-            f"step, {line['impl'].removeprefix('mhc_megatron.')}",
+            f"step, {line['impl'].removeprefix('mhc_megatron.')}{_AS[line['launch']]}",
             f"{line['value']:.1f} ms",
             f"{line['ratio_to_floor']:.3f}",
         ]
@@ -77,11 +78,11 @@ def draw(lines: list[Record]) -> str:
 
 
 def _latest(lines: list[Record], metric: str) -> list[Record]:
-    """The last line of each implementation and shape."""
-    found: dict[tuple[str, str], Record] = {}
+    """The last line of each implementation, shape and launch."""
+    found: dict[tuple[str, ...], Record] = {}
     for line in lines:
         if line["metric"] == metric:
-            found[line["impl"], str(line["shape"])] = line
+            found[line["impl"], str(line["shape"]), str(line.get("launch"))] = line
     return list(found.values())
 
 

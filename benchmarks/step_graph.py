@@ -1,0 +1,67 @@
+"""Training steps on one GPU, launched kernel by kernel and as one CUDA graph (``cuda_graph``).
+
+    python benchmarks/step_graph.py --results benchmarks/results/h100
+    python benchmarks/step_graph.py --results out --device cpu --hidden 32 --seq 16 --layers 2
+
+The package's trainer on the model of ``multigpu_steps.py``, optimizer included: the plain residual,
+hyper-connections, and these with their states recomputed. Appends to ``<results>/step_graph.jsonl``
+(format: benchmarks/README.md).
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from multigpu_steps import LAUNCHES, NO_PIPELINE, Size, step_lines
+from provenance import append, provenance
+from ranks import Ranks
+
+SECONDS = 150.0  # of a launch, all variants
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True, help="results folder")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--hidden", type=int, default=Size.hidden, metavar="C")
+    parser.add_argument("--seq", type=int, default=Size.seq, metavar="S")
+    parser.add_argument("--layers", type=int, metavar="L")
+    parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        parser.error("torch sees no GPU; --device cpu tries the benchmark without")
+    source, ranks = provenance(args.commit), Ranks(1)
+    args.results.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        size = Size(
+            hidden=args.hidden,
+            heads=Size.heads if args.hidden >= Size.hidden else 4,
+            ffn=Size.ffn * args.hidden // Size.hidden,
+            seq=args.seq,
+            backend="triton" if args.device == "cuda" else "reference",
+            out=Path(folder),
+        )
+        try:
+            for launch in LAUNCHES if args.device == "cuda" else ["eager"]:
+                ranks.begin(SECONDS)
+                for line in step_lines(ranks, size, NO_PIPELINE, launch, num_layers=args.layers):
+                    append(args.results, {"benchmark": "step_graph", **line}, source)
+                    if line["metric"] == "step":
+                        more = line.get("ratio_to_baseline")
+                        print(
+                            f"{launch:<6} {line['impl']:<28} {line['value']:8.1f} ms"
+                            + (f"  {100 * (more - 1):+.1f} %" if more else ""),
+                            flush=True,
+                        )
+        finally:
+            ranks.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
