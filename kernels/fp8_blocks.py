@@ -97,9 +97,12 @@ def _pack(tensor: Tensor, packed: Tensor, block: int) -> None:
     blocks = tensor.view(-1, block).float()
     finite = blocks.isfinite()
     largest = torch.where(finite, blocks.abs(), 0).amax(dim=1, keepdim=True)
-    # largest / 448 = mantissa 2^exponent with the mantissa in [1/2, 1), or 0 of zeros.
-    mantissa, exponent = torch.frexp(largest / _LARGEST)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=_LEAST)
+    # Its mantissa is in [1/2, 1), and so is that of 448. Nothing is divided: GPUs round that of the
+    # least numbers otherwise.
+    limit, shift = math.frexp(_LARGEST)
+    mantissa, exponent = torch.frexp(largest)
+    exponent = exponent - shift + (mantissa > limit).int()
+    exponent = torch.where(largest > 0, exponent, _LEAST).clamp(min=_LEAST)
     scaled = torch.where(finite, blocks * _power_of_two(-exponent), math.nan)
     packed[: tensor.numel()] = scaled.to(_FORMAT).view(torch.uint8).flatten()
     packed[tensor.numel() :] = (exponent + _BIAS).to(torch.uint8).flatten()

@@ -60,9 +60,9 @@ def pack_blocks(tensor_ptr, packed_ptr, R, BLOCK: tl.constexpr, ROWS: tl.constex
     size = bits & 0x7FFFFFFF
     finite = size < 0x7F800000
     largest = tl.max(tl.where(finite, size, 0), axis=1)
-    # 448 is 1.75 2^8; a largest number whose 448th part is rounded to zero has no exponent.
+    # 448 is 1.75 2^8.
     exponent = (largest >> 23) - 127 - 8 + tl.where((largest & 0x7FFFFF) > 0x600000, 1, 0)
-    exponent = tl.where(largest <= 224, 0, tl.maximum(exponent, -126))
+    exponent = tl.maximum(exponent, -126)
     value = bits.to(tl.float32, bitcast=True) * power_of_two(-exponent)[:, None]
     code = e4m3_of(value, finite)
     tl.store(packed_ptr + places, code.to(tl.uint8), mask=live[:, None])

@@ -68,7 +68,7 @@ def test_ends_of_the_range(dtype: torch.dtype, device: torch.device) -> None:
     for row, (a, b) in enumerate((a, b) for a in values for b in values):
         tensor[row, 1], tensor[row, 6] = a, b
     both(tensor.to(dtype).to(device), block=8)
-    # Where a 448th part of the largest is rounded to nothing.
+    # Where a 448th part of the largest is no number.
     steps = torch.arange(1, 600, dtype=torch.int32).view(torch.float32)
     tiny = torch.zeros(len(steps), 8)
     tiny[:, 3] = steps
