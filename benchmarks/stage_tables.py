@@ -4,7 +4,8 @@
     python benchmarks/stage_tables.py benchmarks/results/h200/fp8_training.jsonl
     python benchmarks/stage_tables.py benchmarks/results/cpu/message_training.jsonl
     python benchmarks/stage_tables.py benchmarks/results/h200/multigpu.jsonl
-    python benchmarks/stage_tables.py overlap.jsonl
+    python benchmarks/stage_tables.py benchmarks/results/h200/overlap.jsonl
+    python benchmarks/stage_tables.py benchmarks/results/h200/step_graph.jsonl
 
 Of a figure that was measured twice the last counts.
 """
@@ -86,6 +87,25 @@ def multigpu(lines: list[Line]) -> str:
     return markdown(["schedule", "plain", *names], body)
 
 
+def step_graph(lines: list[Line]) -> str:
+    """Training steps on one GPU, launched kernel by kernel and as one CUDA graph."""
+    rows: dict[str, dict[str, dict[str, Line]]] = {}
+    for line in lines:
+        by_launch = rows.setdefault(line["impl"], {}).setdefault(line["launch"], {})
+        by_launch[line["metric"]] = line
+    body = []
+    for implementation, row in rows.items():
+        name = implementation.removeprefix("mhc_megatron.")
+        cells = ["plain" if implementation == PLAIN else name]
+        for launch in ("eager", "graph"):
+            step, memory = row[launch]["step"], row[launch]["peak_memory"]
+            over = step.get("ratio_to_baseline")
+            more = "" if over is None else f", {100 * (over - 1):+.1f} %"
+            cells += [f"{step['value']:.0f} ms{more}", f"{memory['value'] / 2**30:.1f}"]
+        body.append(cells)
+    return markdown(["residual", "eager", "GiB", "as one graph", "GiB"], body)
+
+
 def training(lines: list[Line]) -> str:
     """Final losses of a model in bf16 and each FP8 recipe, plain and with hyper-connections."""
     rows: dict[tuple[str, str], dict[int | None, Line]] = {}
@@ -128,6 +148,7 @@ if __name__ == "__main__":
         "te_blocks": blocks,
         "overlap": overlap,
         "multigpu": multigpu,
+        "step_graph": step_graph,
         "fp8_training": training,
         "message_training": messages,
     }

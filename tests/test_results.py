@@ -10,11 +10,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
+FILES = sorted((ROOT / "benchmarks/results").rglob("*.jsonl"))
 PROVENANCE = ("run", "gpu", "torch", "commit", "date", "benchmark", "impl", "shape", "metric")
 
 
-KERNELS = ROOT / "benchmarks" / "results" / "h100" / "kernels.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
+KERNELS = RESULTS / "h100" / "kernels.jsonl"
 
 
 @pytest.fixture
@@ -37,25 +38,58 @@ def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], A
     memory = tables.read(KERNELS.with_name("recompute_memory.jsonl"))
     page = (ROOT / "docs" / "recompute.md").read_text()
     assert tables.memory(memory) in page
-    assert tables.time(tables.read(KERNELS.with_name("recompute_time.jsonl"))) in page
+    for gpu in ("h100", "h200"):
+        assert tables.time(tables.read(RESULTS / gpu / "recompute_time.jsonl")) in page
     assert (ROOT / "docs" / "recompute_memory.svg").read_text() == tables.draw(memory)
 
 
 def test_the_fp8_page_shows_the_results_files(benchmark: Callable[[str], Any]) -> None:
-    lines = benchmark("kernel_table").read(KERNELS.with_name("te_blocks.jsonl"))
+    tables, read = benchmark("stage_tables"), benchmark("kernel_table").read
     page = (ROOT / "docs" / "fp8.md").read_text()
-    tables = benchmark("stage_tables")
-    assert tables.blocks(lines) in page
-    trained = ROOT / "benchmarks" / "results" / "h200" / "fp8_training.jsonl"
-    assert tables.training(benchmark("kernel_table").read(trained)) in page
-    cpu = ROOT / "benchmarks" / "results" / "cpu" / "message_training.jsonl"
-    assert tables.messages(benchmark("kernel_table").read(cpu)) in page
+    for gpu in ("h100", "h200"):
+        assert tables.blocks(read(RESULTS / gpu / "te_blocks.jsonl")) in page
+    assert tables.training(read(RESULTS / "h200" / "fp8_training.jsonl")) in page
+    assert tables.messages(read(RESULTS / "cpu" / "message_training.jsonl")) in page
 
 
 def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
-    lines = benchmark("kernel_table").read(ROOT / "benchmarks/results/h200/multigpu.jsonl")
+    tables, read = benchmark("stage_tables"), benchmark("kernel_table").read
     page = (ROOT / "docs" / "pipeline.md").read_text()
-    assert benchmark("stage_tables").multigpu(lines) in page
+    assert tables.multigpu(read(RESULTS / "h200" / "multigpu.jsonl")) in page
+    assert tables.overlap(read(RESULTS / "h200" / "overlap.jsonl")) in page
+
+
+def test_steps_as_graphs_are_in_the_performance_page(benchmark: Callable[[str], Any]) -> None:
+    lines = benchmark("kernel_table").read(RESULTS / "h200" / "step_graph.jsonl")
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert benchmark("stage_tables").step_graph(lines) in page
+
+
+def test_pipelines_on_a_gpu_have_the_bits_of_a_loop_and_the_comparison_sees() -> None:
+    """200 seeds per line, and without order between streams a fault is found."""
+    newest: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for text in (RESULTS / "h200" / "pipeline.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        shape = line["shape"]
+        newest[line["impl"], shape["ranks"], shape["overlap"]] = line
+    names = [f"mhc_megatron.{name}" for name in ("zb_h1", "dualpipe_v", "dualpipe")]
+    expected = {(name, ranks, "none") for name in names for ranks in (4, 8)}
+    assert newest.keys() == expected | {("mhc_megatron.dualpipe_v", 4, "all")}
+    for line in newest.values():
+        assert (line["seeds"], line["mismatches"]) == (200, 0)
+        assert line["control"]["mismatches"] > line["control"]["seeds"] // 2
+
+
+def test_megatrons_loop_has_the_losses_of_ours_on_a_gpu() -> None:
+    lines = map(json.loads, (RESULTS / "h200/pretrain_parity.jsonl").read_text().splitlines())
+    differences = {line["metric"]: line["value"] for line in lines}
+    assert differences["loss_difference"] < 1e-6  # float32's rounding is 6e-8
+    assert differences["grad_norm_difference"] < 1e-6
+
+
+def test_gradients_do_not_change_with_the_policy_under_memory_pressure() -> None:
+    [line] = map(json.loads, (RESULTS / "h200/recompute_memory.jsonl").read_text().splitlines())
+    assert (line["metric"], line["value"], line["steps"]) == ("steps_with_another_bit", 0, 500)
 
 
 def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
