@@ -66,8 +66,9 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         or getattr(config, "enable_cuda_graph", False)
         or getattr(config, "external_cuda_graph", False),
         f"cuda_graph_impl={graphs!r}",
-        "Megatron captures the stock layer's private steps",
-        "set cuda_graph_impl='none'",
+        "Megatron captures the stock layer's private steps, or a step that was never compared with "
+        "one launched kernel by kernel",
+        "set cuda_graph_impl='none' (cuda_graph=True of mhc-megatron train captures dense models)",
     )
     offloaded = {"attn_norm", "mlp_norm"} & set(getattr(config, "offload_modules", None) or ())
     refuse(

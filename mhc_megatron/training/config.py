@@ -314,6 +314,12 @@ class TrainConfig:
                 "use parallel.context=1",
             ),
             (
+                self.parallel.overlap != "none",
+                f"parallel.overlap={self.parallel.overlap!r}",
+                "no test has captured the two threads of an overlap",
+                "use parallel.overlap='none'",
+            ),
+            (
                 self.recompute != "none",
                 f"recompute={self.recompute!r}",
                 "Megatron's recompute copies the states of random numbers to the host",
