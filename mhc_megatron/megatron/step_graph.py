@@ -120,9 +120,17 @@ class StepGraph:
                 self._reports = run(self._batches)
         except RuntimeError as error:
             raise UserError(
-                f"cuda_graph=True: the step cannot be captured: {error}; set cuda_graph=False"
+                f"cuda_graph=True: the step cannot be captured: {_origin(error)}; set "
+                "cuda_graph=False"
             ) from error
         self._graph = graph
+
+
+def _origin(error: BaseException) -> str:
+    """What came before the end of the capture, which says only that something did."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _copy(batches: Sequence[Sequence[Batch]], places: Sequence[Sequence[Batch]]) -> None:

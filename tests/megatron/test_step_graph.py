@@ -10,6 +10,15 @@ from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.runtime import distributed_runtime
 
 
+def test_an_error_in_a_capture_says_what_came_first() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise ValueError("a sum was asked for\nand more")
+        finally:
+            raise RuntimeError("a previous error during capture")
+    assert step_graph._origin(caught.value) == "a sum was asked for"
+
+
 def test_without_a_gpu_it_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
