@@ -5,7 +5,7 @@
 Recipe ``gpt-100m`` with Transformer Engine on the embedded corpus, with hyper-connections and with
 the plain residual, from the same seeds; every run of hyper-connections from the first seed a second
 time, for its bits. A rounding sends a run another way, as a seed does: more than one seed says how
-far. Runs share the GPU, so their times mean nothing and are not recorded. Appends one line per run
+far. Runs share the GPUs, so their times mean nothing and are not recorded. Appends one line per run
 to ``<results>/fp8_training.jsonl`` (format: benchmarks/README.md) and leaves the runs and a
 page with all curves in ``--out``.
 """
@@ -20,8 +20,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+from one_gpu import one_gpu
 from provenance import append, provenance
 
 from mhc_megatron.report.compare import write_comparison
@@ -64,11 +66,17 @@ class Training:
             values += ["fp8=hybrid", f"fp8_recipe={self.dtype}"]
         return values + more
 
-    def train(self, out: Path, more: list[str]) -> str | None:
-        """Run it in a process of its own; returns what went wrong."""
+    def train(self, out: Path, more: list[str], place: dict[str, str]) -> str | None:
+        """Run it in a process of its own; returns what went wrong.
+
+        Args:
+            out: folder of the runs.
+            more: overrides of the recipe.
+            place: of its environment, which GPU it sees.
+        """
         command = [sys.executable, "-m", "mhc_megatron.launch.cli", "train", "--recipe", RECIPE]
         command += ["--out", str(out / self.name), "--set", *self.overrides(more)]
-        environment = os.environ | ENVIRONMENT
+        environment = os.environ | ENVIRONMENT | place
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         print(f"{self.name}: exit status {ended.returncode}", flush=True)
         return ended.stderr[-2000:] if ended.returncode else None
@@ -136,11 +144,20 @@ def main() -> int:
     runs: dict[str, Run] = {}
     failed: list[str] = []
     args.results.mkdir(parents=True, exist_ok=True)
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for worker in range(args.workers):
+        places.put(one_gpu(worker))
+
+    def train(training: Training) -> str | None:
+        place = places.get()
+        try:
+            return training.train(args.out, args.set, place)
+        finally:
+            places.put(place)
+
     with ThreadPoolExecutor(args.workers) as pool:
         # In their order, each as soon as it and those before it have ended.
-        for training, text in zip(
-            trainings, pool.map(lambda t: t.train(args.out, args.set), trainings), strict=True
-        ):
+        for training, text in zip(trainings, pool.map(train, trainings), strict=True):
             if text is not None:
                 failed.append(training.name)
                 print(f"{training.name} failed:\n{text}", file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from typing import Any, get_args
 
 import torch
 from alone import one_process
+from one_gpu import one_gpu
 from provenance import append, provenance
 from virtual_ranks import Step, VirtualRanks, run_config
 
@@ -74,15 +75,6 @@ def check_elsewhere(num_workers: int) -> list[tuple[int, list[str]]]:
         (sum(count for count, _ in line), [text for _, found in line for text in found])
         for line in zip(*shares, strict=True)
     ]
-
-
-def one_gpu(worker: int) -> dict[str, str]:
-    """What a worker's environment has to say for it to see one of the GPUs that are seen here."""
-    count = torch.cuda.device_count()
-    if count < 2:
-        return {}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return {"CUDA_VISIBLE_DEVICES": seen[worker % count]}
 
 
 def faults_found(ranks: VirtualRanks) -> int:
