@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
@@ -103,6 +104,9 @@ def gpt_block_spec(
 
     Returns:
         The spec to hand to ``GPTModel(transformer_layer_spec=...)``.
+
+    Raises:
+        UserError: Transformer Engine cannot be imported, or as ``with_hyper_connections``.
     """
     block = _stock_block_spec(config, use_transformer_engine, vp_stage, pp_rank)
     if mhc is None:
@@ -164,6 +168,12 @@ def _stock_block_spec(
     vp_stage: int | None,
     pp_rank: int | None,
 ) -> TransformerBlockSubmodules:
+    if use_transformer_engine and not gpt_layer_specs.HAVE_TE:
+        raise UserError(
+            "transformer_impl='transformer_engine' needs Transformer Engine, which cannot be "
+            "imported here; install transformer-engine[pytorch] (docs/install.md), or use "
+            "transformer_impl='local'"
+        )
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=use_transformer_engine,
