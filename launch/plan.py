@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
     Attributes:
         policy: its name; ``*`` behind the recipe's own.
-        size: of a stage.
+        size: of the stage with the most layers.
         peaks: of every rank, branches included.
     """
 
@@ -121,7 +121,7 @@ def _schedule(config: "TrainConfig") -> "Schedule":
 
 
 def _plans(config: "TrainConfig", schedule: "Schedule", branch_width: int) -> Iterator[Plan]:
-    """Every policy: blocks of each power of two, and the recipe's own where it is none of them."""
+    """Every policy: blocks of every length that all stages hold."""
     from mhc_megatron.pipeline.blocks import RecomputePolicy
     from mhc_megatron.pipeline.costs import Costs, StageCosts
     from mhc_megatron.pipeline.memory import StageSize
@@ -129,42 +129,55 @@ def _plans(config: "TrainConfig", schedule: "Schedule", branch_width: int) -> It
 
     layout = config.parallel
     own = config.mhc.recompute_policy
-    sublayers = 2 * config.model.num_layers // schedule.num_stages
-    blocks = {1 << power for power in range(sublayers.bit_length()) if 1 << power <= sublayers}
-    if own.block is not None:
-        blocks.add(own.block)
+    layers = layout.stage_layers(config.model.num_layers)
     policies = [
         RecomputePolicy(),
-        *(RecomputePolicy(name="block", block=block) for block in sorted(blocks)),
+        *(RecomputePolicy(name="block", block=1 + block) for block in range(2 * min(layers))),
         RecomputePolicy(name="auto"),
         RecomputePolicy(name="stage"),
     ]
     for policy in policies:
-        size = StageSize(
-            hidden=config.model.hidden_size,
-            seq=config.model.seq_length
-            // (layout.context * (layout.tensor if layout.sequence else 1)),
-            micro_batch_size=config.micro_batch_size,
-            num_layers=sublayers // 2,
-            streams=config.mhc.num_streams,
-            recompute_block=policy.block_of(
-                num_sublayers=sublayers, num_streams=config.mhc.num_streams
-            ),
-            branch_width=branch_width,
-            element_bytes=_ELEMENT_BYTES[config.dtype],
-        )
-        stage = StageCosts(held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes)
-        peaks = simulate(schedule, Costs(default=stage)).peak_bytes.tolist()
-        yield Plan(policy.name + ("*" if policy == own else ""), size, peaks)
+        sizes = [
+            StageSize(
+                hidden=config.model.hidden_size,
+                seq=config.model.seq_length
+                // (layout.context * (layout.tensor if layout.sequence else 1)),
+                micro_batch_size=config.micro_batch_size,
+                num_layers=number,
+                streams=config.mhc.num_streams,
+                recompute_block=policy.block_of(
+                    num_sublayers=2 * number, num_streams=config.mhc.num_streams
+                ),
+                branch_width=branch_width,
+                element_bytes=_ELEMENT_BYTES[config.dtype],
+            )
+            for number in layers
+        ]
+        costs = {
+            stage: StageCosts(held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes)
+            for stage, size in enumerate(sizes)
+        }
+        peaks = simulate(schedule, Costs(stages=costs)).peak_bytes.tolist()
+        largest = max(sizes, key=lambda size: size.num_layers)
+        yield Plan(policy.name + ("*" if policy == own else ""), largest, peaks)
+
+
+def _is_shown(plan: Plan) -> bool:
+    """Of the blocks those of a power of two, and the recipe's own."""
+    block = plan.size.block
+    return plan.policy != "block" or block & (block - 1) == 0
 
 
 def _lines(config: "TrainConfig", schedule: "Schedule", plans: list[Plan]) -> Iterator[str]:
     from mhc_megatron.report.simulation import bytes_text, columns
 
     size = plans[0].size
+    sublayers = [2 * number for number in config.parallel.stage_layers(config.model.num_layers)]
+    least, most = min(sublayers), max(sublayers)
+    many = str(most) if least == most else f"{least} to {most}"
     yield (
         f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_stages} stages of "
-        f"{size.num_sublayers} sublayers, {schedule.num_mb} micro-batches; n={size.streams}, "
+        f"{many} sublayers, {schedule.num_mb} micro-batches; n={size.streams}, "
         f"C={size.hidden}, {size.seq * size.micro_batch_size:,} tokens, {config.dtype}"
     )
     yield ""
@@ -179,13 +192,14 @@ def _lines(config: "TrainConfig", schedule: "Schedule", plans: list[Plan]) -> It
             bytes_text(max(plan.peaks)),
         )
         for plan in plans
+        if _is_shown(plan)
     ]
     yield from columns([_HEADER, *rows])
     yield ""
     own = next(plan for plan in plans if plan.policy.endswith("*"))
     peaks = ", ".join(map(bytes_text, own.peaks))
     yield f"* the recipe's; peak activations by rank: {peaks}"
-    lowest = min(plans, key=lambda plan: (max(plan.peaks), plan.size.block))
+    lowest = min(plans, key=lambda p: (max(p.peaks), p.size.block, p.policy == "block"))
     yield (
         f"lowest peak under this schedule: {lowest.policy.rstrip('*')}"
         + (f", block {lowest.size.block}" if lowest.size.block else "")

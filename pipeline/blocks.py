@@ -44,6 +44,10 @@ class RecomputePolicy:
                     "recompute='block' needs recompute_block, the sublayers of a block; set it, "
                     "or use recompute='auto'"
                 )
+            if not isinstance(self.block, int) or isinstance(self.block, bool):
+                raise ScheduleError(
+                    f"recompute_block={self.block!r} is not a whole number of sublayers"
+                )
             if self.block < 1:
                 raise ScheduleError(
                     f"recompute_block={self.block} must be at least 1; use recompute='none' to "

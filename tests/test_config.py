@@ -24,6 +24,22 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
     ("make", "message"),
     [
         (lambda: MHCConfig(num_streams=0), "num_streams=0 must be at least 1"),
+        (
+            lambda: MHCConfig(recompute="block", recompute_block=1.5),  # type: ignore[arg-type]
+            "recompute_block=1.5 is not a whole number of sublayers",
+        ),
+        (
+            lambda: TrainConfig(recompute="full", mhc=MHCConfig(recompute="auto")),
+            "mhc.recompute='auto' does not combine with recompute='full', .*; use recompute='none'",
+        ),
+        (
+            lambda: TrainConfig(
+                model=ModelConfig(num_layers=4),
+                mhc=MHCConfig(recompute="block", recompute_block=4),
+                parallel=ParallelConfig(pipeline=2, first_stage_layers=3),
+            ),
+            "mhc.recompute_block=4 is above the 2 sublayers of the shortest stage",
+        ),
         (lambda: MHCConfig(projection="x"), "projection='x' is not one of sinkhorn"),
         (lambda: MHCConfig(contraction="x"), "contraction='x' is not one of mean"),
         (

@@ -204,6 +204,18 @@ class ParallelConfig:
                 "many; change one of the three"
             )
 
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each stage of a model that passes ``check_layers``."""
+        first, last = self.first_stage_layers, self.last_stage_layers
+        ends = [layers for layers in (first, last) if layers is not None]
+        others = self.num_stages - len(ends)
+        each = (num_layers - sum(ends)) // others if others else 0
+        return (
+            *([] if first is None else [first]),
+            *[each] * others,
+            *([] if last is None else [last]),
+        )
+
     @property
     def num_copies(self) -> int:
         """How often a pipeline holds every stage: twice under bidirectional DualPipe."""

@@ -56,13 +56,31 @@ def test_peak_under_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     assert "block*" in text and "peak activations by rank: " in text
 
 
+def test_stages_of_their_own_lengths(capsys: pytest.CaptureFixture[str]) -> None:
+    """6 and 2 sublayers: blocks of 2 and 1 keep 3 and 2 first states, of 4 C each."""
+    sizes = ["parallel.first_stage_layers=3", "mhc.recompute=auto"]
+    text = plan(capsys, "--recipe", "stdlib-small-pp", "--branch-width", "1", "--set", *sizes)
+    assert "2 stages of 2 to 6 sublayers" in text
+    # C of 512 tokens and 128 channels in float32 is 1/4 MiB; rank 0 holds two micro-batches.
+    first, last = 2 * (3 * 4 + 6 * 2) + 2 * 6, (2 * 4 + 2 * 2) + 6
+    expected = f"{first / 4:.2f} MiB, {last / 4:.2f} MiB"
+    assert f"peak activations by rank: {expected}" in text
+
+
+def test_the_lowest_peak_is_of_all_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    """GPipe holds four micro-batches, so that longer blocks than auto's pay: 6 of 12."""
+    sizes = ["parallel.schedule=gpipe", "model.num_layers=12", "mhc.recompute=auto"]
+    text = plan(capsys, "--recipe", "stdlib-small-pp", "--set", *sizes)
+    assert "lowest peak under this schedule: block, block 6;" in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model.residual=plain"], "model.residual='plain' has no streams to recompute"),
         (
             ["mhc.recompute=block", "mhc.recompute_block=9"],
-            "recompute_block=9 is above the 8 sublayers of a stage",
+            "mhc.recompute_block=9 is above the 8 sublayers of the shortest stage",
         ),
         (["mhc.recompute=best"], "mhc.recompute=best is not one of none, block, auto, stage"),
     ],
