@@ -169,6 +169,10 @@ class _Scales:
     @staticmethod
     def reset() -> None: ...
 
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
 
 def _nothing(*args: Any, **kwargs: Any) -> Any:
     return contextlib.nullcontext()

@@ -41,6 +41,23 @@ with engine.single_process():
             "differences": differences,
             "dropped": [len(block._inputs), len(block._normed)],
         }}
+    plain = engine.megatron_config
+    def again(config):
+        made = plain(config)
+        made.recompute_granularity, made.recompute_modules = "selective", ["core_attn", "moe_act"]
+        return made
+    engine.megatron_config = again
+    kept, chunk = None, engine.build(engine.run_config("moe"))
+    runs = sum(getattr(module, "activation_recompute", False) for module in chunk.modules())
+    found["again"] = {{"runs": runs}}
+    for name, mhc in {{"none": MHCConfig(), **engine.POLICIES}}.items():
+        engine.begin_anew(chunk, mhc)
+        step = engine.step(chunk)
+        kept = kept or step
+        found["again"][name] = step.differences(kept)
+    engine.megatron_config = plain
+    chunk = engine.build(engine.run_config("moe"))
+    found["again"]["without"] = engine.step(chunk).differences(kept)
     for schedule, model in (("zb_h1", "mla"), ("dualpipe_v", "dense")):
         config = run_config(
             schedule, 2, hidden_size=32, seq_length=8, transformer_impl="transformer_engine"
@@ -85,6 +102,13 @@ def test_every_gradient_and_the_bits_of_every_policy(model: str, found: dict[str
     assert found[model]["vanished"] == []
     assert not any(found[model]["differences"].values()), found[model]["differences"]
     assert found[model]["dropped"] == [6, norms]
+
+
+def test_beside_megatrons_recompute_of_attention_and_experts(found: dict[str, Any]) -> None:
+    """The bits of every policy are those without either."""
+    again = found["again"]
+    assert again.pop("runs") == 3  # a layer each
+    assert len(again) == 6 and not any(again.values()), again
 
 
 @pytest.mark.parametrize("schedule", ["zb_h1", "dualpipe_v"])
