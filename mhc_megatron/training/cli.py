@@ -3,7 +3,10 @@
 import argparse
 import dataclasses
 import json
+import signal
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 from mhc_megatron.config import MHCConfig, Projection
@@ -11,11 +14,14 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import world_from_environment
 from mhc_megatron.launch.local import launch_local
 from mhc_megatron.report.compare import format_table, summaries, write_comparison
+from mhc_megatron.report.heartbeat import read_beats, summary
 from mhc_megatron.training import worker
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.overrides import apply_overrides, to_dict
 from mhc_megatron.training.recipes import RECIPES, load_recipe
 
+# Signals that nobody sends to end a run.
+_KILLED = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 VARIANTS = ("plain", "hc", "mhc")
 
 
@@ -88,15 +94,23 @@ def compare_configs(args: argparse.Namespace) -> dict[str, TrainConfig]:
 
 
 def train_locally(config: TrainConfig) -> int:
-    """Train with one process per rank of the layout, on this machine."""
+    """Train with one process per rank of the layout, on this machine.
+
+    After a rank was killed, which cannot say where, its last sign of life does.
+    """
     with tempfile.TemporaryDirectory(prefix="mhc-megatron-") as folder:
         file = Path(folder) / "train_config.json"
         file.write_text(json.dumps(to_dict(config)))
-        return launch_local(
+        status = launch_local(
             "mhc_megatron.training.worker",
             [str(file)],
             num_processes=config.parallel.world_size,
         )
+    if status - 128 in _KILLED:
+        beats = read_beats(Path(config.out))
+        if beats:
+            print(summary(beats, now=time.time()), file=sys.stderr)
+    return status
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
