@@ -13,9 +13,16 @@ Runner = Callable[[Sequence[str], str | None], str]
 
 
 class Queued(NamedTuple):
-    """A job as ``squeue`` tells of it."""
+    """A job, or a task of an array, as ``squeue`` tells of it.
+
+    Attributes:
+        job: the number that ``sbatch`` gave, one for all tasks of an array.
+        task: its own name: the number, or number_index, or number_[indices] of those that wait.
+        state, elapsed, nodes: what it does, for how long, and where or why not.
+    """
 
     job: str
+    task: str
     state: str
     elapsed: str
     nodes: str
@@ -82,8 +89,8 @@ def submit(script: str, runner: Runner = run) -> str:
 
 def queued(jobs: Sequence[str], runner: Runner = run) -> list[Queued]:
     """Those of ``jobs`` that the cluster still knows as waiting or running."""
-    text = runner(["squeue", "--noheader", "--format=%A|%T|%M|%R", "--me"], None)
-    rows = [Queued(*line.split("|", maxsplit=3)) for line in text.splitlines()]
+    text = runner(["squeue", "--noheader", "--format=%F|%i|%T|%M|%R", "--me"], None)
+    rows = [Queued(*line.split("|", maxsplit=4)) for line in text.splitlines()]
     return [row for row in rows if row.job in jobs]
 
 

@@ -10,6 +10,7 @@ from mhc_megatron.launch.slurm.variables import Variable
 # What an #SBATCH line can hold without quotes, whatever the shell.
 _PLAIN = re.compile(r"[A-Za-z0-9._+@%/:,=\[\]-]+")
 _TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}")
+_SET_BY_THE_JOB = ("MASTER_ADDR", "MASTER_PORT")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -93,6 +94,11 @@ class Job:
         for variable in self.variables:
             if not _NAME.fullmatch(variable.name):
                 raise UserError(f"--env {variable.name!r} is not the name of a variable")
+            if variable.name in _SET_BY_THE_JOB:
+                raise UserError(
+                    f"--env {variable.name}: the job sets it, from its first node and its number; "
+                    "leave it out"
+                )
             if "\n" in variable.value:
                 raise UserError(f"--env {variable.name}: a value of one line is needed")
 

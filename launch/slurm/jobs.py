@@ -25,7 +25,7 @@ def run_status(args: argparse.Namespace) -> int:
         jobs = _jobs(args.out)
         rows = cluster.queued(jobs)
         for row in rows:
-            print(f"job {row.job}: {row.state.lower()}, {row.elapsed}, {row.nodes}")
+            print(f"job {row.task}: {row.state.lower()}, {row.elapsed}, {row.nodes}")
         if not rows:
             print(f"no job of {args.out} waits or runs (queued so far: {', '.join(jobs)})")
     for folder in [args.out, *sorted(args.out.glob("[0-9]*"))]:

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("modules", "environment modules to load"),
         ("mounts", "SRC:DST, what the container sees"),
     ):
-        job.add_argument(f"--{name}", nargs="+", default=[], help=what)
+        job.add_argument(f"--{name}", nargs="+", action="extend", default=[], help=what)
     job.add_argument("--env", metavar="NAME=VALUE", nargs="+", action="extend", default=[])
     job.add_argument(
         "--allow", choices=["tensor-across-nodes"], nargs="+", default=[], help="what is refused"

@@ -144,6 +144,7 @@ def _python() -> str:
         (["--cores", "0"], "--cores=0 must be at least 1"),
         (["--env", "A B=1"], "--env 'A B' is not the name of a variable"),
         (["--env", "A"], "--env 'A' is not NAME=VALUE"),
+        (["--env", "MASTER_ADDR=x"], "--env MASTER_ADDR: the job sets it, from its first node"),
         (["--env", "A=1\n#SBATCH --uid=0"], "--env A: a value of one line is needed"),
         (["--sweep", "seed"], "--sweep 'seed' is not KEY=A,B"),
         (["--sweep", "parallel.data=1,2"], "--sweep parallel.data=2 changes the layout"),
@@ -172,10 +173,19 @@ class Slurm:
         if command[0] == "scontrol":
             return f"AccountingStorageEnforce = {self.enforce}\n"
         if command[0] == "squeue":
-            return "42|RUNNING|1:02|n1\n43|PENDING|0:00|(Priority)\n"
+            return (
+                "42|42|RUNNING|1:02|n1\n43|43|PENDING|0:00|(Priority)\n"
+                "50|50_[2]|PENDING|0:00|(Resources)\n50|50_1|RUNNING|0:07|n2\n"
+            )
         assert text is not None
         self.scripts.append(text)
         return "42;cluster\n"
+
+
+def test_lists_that_are_given_twice_add_up() -> None:
+    job = job_of("--exclude", "n1", "--modules", "a", "--exclude", "n2", "--modules", "b")
+    text = render_sbatch(job)
+    assert "--exclude=n1,n2" in text and "module load a\nmodule load b\n" in text
 
 
 @pytest.mark.parametrize(
@@ -211,7 +221,10 @@ def test_submission_and_the_queue() -> None:
     slurm = Slurm()
     assert cluster.submit("#!/bin/bash\n", slurm) == "42"
     assert slurm.scripts == ["#!/bin/bash\n"]
-    assert cluster.queued(["42"], slurm) == [("42", "RUNNING", "1:02", "n1")]
+    assert cluster.queued(["42"], slurm) == [("42", "42", "RUNNING", "1:02", "n1")]
+    # Of an array, what waits and what runs: their own numbers are others than that of sbatch.
+    array = [(row.task, row.state) for row in cluster.queued(["50"], slurm)]
+    assert array == [("50_[2]", "PENDING"), ("50_1", "RUNNING")]
 
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
