@@ -32,6 +32,7 @@ from mhc_megatron.training.trainer import Trainer
 
 WARM_UP, TIMED = 3, 4  # steps; one more is measured action by action
 SECONDS = 75.0  # of a schedule with all variants; the first compiles the kernels
+LAUNCHES = {"eager": False, "graph": True}  # value: cuda_graph
 NO_PIPELINE = "none"
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"schedule": "megatron"},
@@ -95,9 +96,6 @@ class Timed:
     receiving: float
     spans: list[Spans]
     peak_bytes: int
-
-
-LAUNCHES = {"eager": False, "graph": True}  # value: cuda_graph
 
 
 def time_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Timed]:

@@ -57,7 +57,7 @@ def distributed_runtime(
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     if config.cuda_graph:
-        capture_stream()
+        capture_stream()  # refuses a machine without a GPU
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu_runtime())
         torch.distributed.init_process_group(
