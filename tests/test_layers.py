@@ -38,6 +38,7 @@ _PURE = (
     "mhc_megatron.training.overrides",
     "mhc_megatron.convert.cli",
     "mhc_megatron.pretrain.cli",
+    "mhc_megatron.pretrain.layout",
     "mhc_megatron.pretrain.options",
     "mhc_megatron.pretrain.rejected",
     "mhc_megatron.launch.checks",

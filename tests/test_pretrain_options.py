@@ -40,7 +40,8 @@ def _parse(*flags: str) -> MHCConfig:
 
 def test_every_field_is_a_flag_and_a_variable() -> None:
     fields = [field.name for field in dataclasses.fields(MHCConfig)]
-    assert [option.name for option in mhc_options()] == [*fields, "schedule", "log_timing"]
+    others = ["schedule", "overlap", "messages", "log_timing"]
+    assert [option.name for option in mhc_options()] == [*fields, *others]
     assert _OTHERS.keys() == set(fields)
     expected = MHCConfig(**_OTHERS)
     given = {option.name: option for option in mhc_options() if option.name in _OTHERS}
@@ -94,12 +95,6 @@ def test_without_flags_and_variables_the_defaults_hold() -> None:
             "--mhc-projection='permutation' with --mhc-num-streams=5 would mix 120 permutations; "
             "use at most 4 streams, or --mhc-projection='sinkhorn'",
         ),
-        (
-            "--mhc-schedule=dualpipe_v",
-            "--mhc-schedule=dualpipe_v: Megatron's training loop fetches its pipeline schedule "
-            "itself and has no argument for another one; use megatron, or mhc-megatron train, "
-            "whose parallel.schedule runs the others",
-        ),
     ],
 )
 def test_an_error_names_the_flag(flags: str, message: str) -> None:
@@ -113,6 +108,16 @@ def test_an_error_names_the_variable() -> None:
         mhc_from_environment({"MHC_RMS_EPS": "0"})
     with pytest.raises(UserError, match=r"^unknown variable MHC_STREAMS; there are MHC_NUM_STREA"):
         mhc_from_environment({"MHC_STREAMS": "4"})
+
+
+def test_a_layer_spec_cannot_choose_the_schedule() -> None:
+    assert mhc_from_environment({"MHC_SCHEDULE": "megatron"}) == MHCConfig()
+    with pytest.raises(UserError) as refused:
+        mhc_from_environment({"MHC_SCHEDULE": "dualpipe_v"})
+    assert str(refused.value) == (
+        "MHC_SCHEDULE=dualpipe_v: a layer spec cannot reach the pipeline; leave it out, or use "
+        "--mhc-schedule of mhc-megatron pretrain (docs/megatron.md)"
+    )
 
 
 def test_arguments_without_the_flags_are_refused() -> None:

@@ -18,7 +18,6 @@ from megatron.training import (
     get_args,
     get_tensorboard_writer,
     get_tokenizer,
-    pretrain,
     set_startup_timestamps,
 )
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -30,7 +29,7 @@ from torch import Tensor
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.compat import batch_on_this_cp_rank
-from mhc_megatron.pretrain.script import add_mhc_args, hyper_connect
+from mhc_megatron.pretrain.script import add_mhc_args, hyper_connect, pretrain
 from mhc_megatron.training.runtime import set_seed
 from mhc_megatron.training.step import masked_loss
 
@@ -80,9 +79,10 @@ def run(argv: Sequence[str], world: World | None) -> None:
                 )
         model_config = gpt_config_from_args(args)
         keywords = hyper_connect(args, model_config)
-        model_config.transformer_layer_spec = partial(
-            _seeded_block_spec, model_config.transformer_layer_spec, args.seed
-        )
+        if "forward_backward_func" not in keywords:  # its stages have seeds of their own
+            model_config.transformer_layer_spec = partial(
+                _seeded_block_spec, model_config.transformer_layer_spec, args.seed
+            )
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             build_datasets,

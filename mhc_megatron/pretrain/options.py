@@ -15,13 +15,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.training.layout import ParallelConfig
 from mhc_megatron.training.overrides import apply_overrides
 
-_SCHEDULE = "schedule"
-_SCHEDULE_HELP = (
-    "megatron: Megatron's own pipeline schedule. Its training loop takes no other one, so every "
-    "other value is refused; mhc-megatron train runs them."
-)
+# Fields of ParallelConfig: what runs a step's forwards and backwards.
+_PIPELINE = ("schedule", "overlap", "messages")
 _LOG_TIMING = "log_timing"
 _LOG_TIMING_HELP = (
     "Every so many iterations, the hyper-connections' milliseconds in Megatron's log and "
@@ -34,7 +32,7 @@ class Option:
     """One option of the hyper-connections.
 
     Attributes:
-        name: the field of ``MHCConfig``, ``schedule`` or ``log_timing``.
+        name: the field of ``MHCConfig`` or, of the pipeline, of ``ParallelConfig``; ``log_timing``.
         default: its default value.
         values: what may be given, for people.
         help: what it means.
@@ -62,20 +60,23 @@ class Option:
 
 
 def mhc_options() -> tuple[Option, ...]:
-    """An option for every field of ``MHCConfig``, ``schedule`` and ``log_timing``."""
-    hints, texts = get_type_hints(MHCConfig), _attribute_texts(MHCConfig)
-    options = [
+    """An option for every field of ``MHCConfig``, three of the pipeline, and ``log_timing``."""
+    log_timing = Option(name=_LOG_TIMING, default=0, values="INT", help=_LOG_TIMING_HELP)
+    pipeline = [option for option in _fields_of(ParallelConfig) if option.name in _PIPELINE]
+    return (*_fields_of(MHCConfig), *pipeline, log_timing)
+
+
+def _fields_of(cls: type) -> list[Option]:
+    hints, texts = get_type_hints(cls), _attribute_texts(cls)
+    return [
         Option(
             name=field.name,
             default=field.default,
             values=_values(hints[field.name]),
             help=texts[field.name],
         )
-        for field in dataclasses.fields(MHCConfig)
+        for field in dataclasses.fields(cls)
     ]
-    schedule = Option(name=_SCHEDULE, default="megatron", values="megatron", help=_SCHEDULE_HELP)
-    log_timing = Option(name=_LOG_TIMING, default=0, values="INT", help=_LOG_TIMING_HELP)
-    return (*options, schedule, log_timing)
 
 
 def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -113,6 +114,15 @@ def mhc_from_args(args: Namespace) -> MHCConfig:
     return _built(_given_flags(args), lambda option: option.flag)
 
 
+def pipeline_from_args(args: Namespace) -> dict[str, str]:
+    """``schedule``, ``overlap`` and ``messages`` of a ``ParallelConfig``, which checks them.
+
+    Args, raises: as for ``mhc_from_args``.
+    """
+    given = _given_flags(args)
+    return {name: given[name] for name in _PIPELINE}
+
+
 def log_timing_from_args(args: Namespace) -> int:
     """``--mhc-log-timing``: iterations between two that are timed, 0 for none.
 
@@ -141,7 +151,14 @@ def mhc_from_environment(variables: Mapping[str, str]) -> MHCConfig:
         UserError: a variable that begins with ``MHC_`` is unknown, or its value is not allowed;
             the message names the variable.
     """
-    return _built(_given_variables(variables), lambda option: option.variable)
+    given = _given_variables(variables)
+    for option in mhc_options():
+        if option.name in _PIPELINE and given.get(option.name, option.default) != option.default:
+            raise UserError(
+                f"{option.variable}={given[option.name]}: a layer spec cannot reach the pipeline; "
+                f"leave it out, or use {option.flag} of mhc-megatron pretrain (docs/megatron.md)"
+            )
+    return _built(given, lambda option: option.variable)
 
 
 def log_timing_from_environment(variables: Mapping[str, str]) -> int:
@@ -165,20 +182,13 @@ def _given_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 def _built(given: Mapping[str, str], spelled: Callable[[Option], str]) -> MHCConfig:
     spellings = {option.name: spelled(option) for option in mhc_options()}
-    schedule = given.get(_SCHEDULE, "megatron")
-    if schedule != "megatron":
-        raise UserError(
-            f"{spellings[_SCHEDULE]}={schedule}: Megatron's training loop fetches its pipeline "
-            "schedule itself and has no argument for another one; use megatron, or mhc-megatron "
-            "train, whose parallel.schedule runs the others"
-        )
     _log_timing(given, spelled)
-    ours = (_SCHEDULE, _LOG_TIMING)
+    ours = (*_PIPELINE, _LOG_TIMING)
     overrides = [f"{name}={text}" for name, text in given.items() if name not in ours]
     try:
         return apply_overrides(MHCConfig(), overrides)
     except UserError as error:
-        raise UserError(_respelled(str(error), spellings)) from None
+        raise UserError(respelled(str(error), spellings)) from None
 
 
 def _log_timing(given: Mapping[str, str], spelled: Callable[[Option], str]) -> int:
@@ -192,10 +202,10 @@ def _log_timing(given: Mapping[str, str], spelled: Callable[[Option], str]) -> i
     return int(text)
 
 
-def _respelled(message: str, spellings: Mapping[str, str]) -> str:
-    """``message`` with its fields respelled: ``name=`` anywhere, and words with an underscore."""
-    names = sorted(spellings, key=len, reverse=True)
-    words = "|".join(name for name in names if "_" in name)
+def respelled(message: str, spellings: Mapping[str, str]) -> str:
+    """``message`` with its fields respelled: ``name=`` anywhere, and words with ``_`` or a dot."""
+    names = [re.escape(name) for name in sorted(spellings, key=len, reverse=True)]
+    words = "|".join(name for name in names if "_" in name or "." in name)
     pattern = rf"\b(?:{'|'.join(names)})(?==)|\b(?:{words})\b"
     return re.sub(pattern, lambda found: spellings[found.group()], message)
 

@@ -217,26 +217,8 @@ class TrainConfig:
             policy=self.mhc.recompute if model.residual == "mhc" else None,
         )
         layout.check_message_width(self.hidden_parts * model.hidden_size)
-        if layout.schedule in ("dualpipe_v", "dualpipe"):
-            if self.num_micro_batches % layout.num_copies:
-                raise UserError(
-                    f"{self.num_micro_batches} micro-batches per step are an odd number, and "
-                    f"{layout.schedule} sends a half in each direction; change global_batch_size"
-                )
-            if self.num_micro_batches < 2 * layout.pipeline:
-                raise UserError(
-                    f"{self.num_micro_batches} micro-batches per step are below "
-                    f"2 * parallel.pipeline = {2 * layout.pipeline}, which {layout.schedule} "
-                    "needs; raise global_batch_size, lower micro_batch_size, or use "
-                    "parallel.schedule=zb_h1"
-                )
-            if model.mtp_num_layers is not None:
-                raise UserError(
-                    f"model.mtp_num_layers={model.mtp_num_layers} under {layout.schedule}: "
-                    "Megatron builds these layers, and adds up their embedding's gradient, on the "
-                    "last pipeline rank, but the last stage is on the first; use another "
-                    "parallel.schedule"
-                )
+        layout.check_micro_batches(self.num_micro_batches)
+        layout.check_prediction_layers(model.mtp_num_layers)
         if layout.virtual > 1 and self.num_micro_batches % layout.pipeline:
             raise UserError(
                 f"{self.num_micro_batches} micro-batches per step are not divisible by "

@@ -204,6 +204,33 @@ class ParallelConfig:
                 "many; change one of the three"
             )
 
+    def check_micro_batches(self, num_micro_batches: int) -> None:
+        """Raise a UserError unless ``schedule`` can run a step of so many micro-batches."""
+        if self.schedule not in ("dualpipe_v", "dualpipe"):
+            return
+        if num_micro_batches % self.num_copies:
+            raise UserError(
+                f"{num_micro_batches} micro-batches per step are an odd number, and "
+                f"{self.schedule} sends a half in each direction; change global_batch_size"
+            )
+        if num_micro_batches < 2 * self.pipeline:
+            raise UserError(
+                f"{num_micro_batches} micro-batches per step are below "
+                f"2 * parallel.pipeline = {2 * self.pipeline}, which {self.schedule} "
+                "needs; raise global_batch_size, lower micro_batch_size, or use "
+                "parallel.schedule=zb_h1"
+            )
+
+    def check_prediction_layers(self, mtp_num_layers: int | None) -> None:
+        """Raise a UserError if Megatron's MTP layers have no place under ``schedule``."""
+        if self.schedule in ("dualpipe_v", "dualpipe") and mtp_num_layers is not None:
+            raise UserError(
+                f"model.mtp_num_layers={mtp_num_layers} under {self.schedule}: "
+                "Megatron builds these layers, and adds up their embedding's gradient, on the "
+                "last pipeline rank, but the last stage is on the first; use another "
+                "parallel.schedule"
+            )
+
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each stage of a model that passes ``check_layers``."""
         first, last = self.first_stage_layers, self.last_stage_layers
@@ -215,6 +242,11 @@ class ParallelConfig:
             *[each] * others,
             *([] if last is None else [last]),
         )
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule computes weight gradients apart from those of the inputs."""
+        return self.schedule in ("zb_h1", "dualpipe_v", "dualpipe")
 
     @property
     def num_copies(self) -> int:

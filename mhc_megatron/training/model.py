@@ -27,8 +27,6 @@ from mhc_megatron.training.runtime import set_seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Divisible by any TP size up to 128, so that a checkpoint's vocabulary fits every layout.
 VOCAB_MULTIPLE = 128
-# With dgrad and wgrad apart; split_linears does it for local modules.
-_SPLIT_SCHEDULES = ("zb_h1", "dualpipe_v", "dualpipe")
 # DeepSeek-V3's latent widths (1536 and 512) and rotary width (64) relative to its heads of 128.
 _MLA_Q_LATENT_HEADS, _MLA_KV_LATENT_HEADS, _MLA_ROPE_SHARE = 12, 4, 2
 
@@ -124,8 +122,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
 
 def _delayed(config: TrainConfig, megatron_config: TransformerConfig) -> TransformerConfig:
     """With weight gradients that wait for the schedule's W, where it has one."""
-    splits = config.parallel.schedule in _SPLIT_SCHEDULES
-    if splits and config.transformer_impl == "transformer_engine":
+    # Local modules are split when they are built (split_linears).
+    if config.parallel.splits_backward and config.transformer_impl == "transformer_engine":
         delay_weight_gradients(megatron_config)
     return megatron_config
 

@@ -46,17 +46,23 @@ def build_optimizer(config: TrainConfig, chunks: list[torch.nn.Module]) -> Any:
 def _group_overrides(
     config: TrainConfig, megatron_config: MegatronOptimizerConfig
 ) -> dict[ParamKey, Any]:
-    """Megatron's own groups, and the float32 parameters of a half-precision model apart.
+    """Megatron's own groups, and the float32 parameters of a half-precision model apart."""
+    overrides = get_standard_config_overrides(megatron_config)
+    return overrides if config.dtype == "fp32" else overrides | float32_apart(_NOMINAL_LR)
+
+
+def float32_apart(lr: float) -> dict[ParamKey, Any]:
+    """An override that gives float32 parameters groups of their own, with the rate of all.
 
     The distributed optimizer (core 0.16 to 0.19) lists a group's float32 parameters before the
     others but numbers them in the buffers' order, so a checkpoint of a group with both dtypes
     takes one parameter's state for another's. An override that changes nothing makes a group.
+
+    Args:
+        lr: ``OptimizerConfig.lr``.
     """
-    overrides = get_standard_config_overrides(megatron_config)
-    if config.dtype != "fp32":
-        is_float32 = ParamPredicate(name="float32", fn=lambda p: p.dtype == torch.float32)
-        overrides[ParamKey(predicate=is_float32)] = ParamGroupOverride(max_lr=_NOMINAL_LR)
-    return overrides
+    is_float32 = ParamPredicate(name="float32", fn=lambda p: p.dtype == torch.float32)
+    return {ParamKey(predicate=is_float32): ParamGroupOverride(max_lr=lr)}
 
 
 def update_groups(config: TrainConfig, optimizer: Any, step: int) -> float:

@@ -32,18 +32,29 @@ from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.stopwatch import stopwatch
 from mhc_megatron.pipeline.transport import Transport
 from mhc_megatron.training.config import TrainConfig
+from mhc_megatron.training.layout import ParallelConfig
 
 ForwardBackwardFunction = Callable[..., list[Any]]
 
 
 def pipeline_schedule(config: TrainConfig) -> Schedule:
-    """The schedule of a run whose ``parallel.schedule`` is not ``megatron``.
+    """The schedule of a run whose ``parallel.schedule`` is not ``megatron``."""
+    return layout_schedule(
+        config.parallel,
+        num_mb=config.num_micro_batches,
+        rebuilds=config.model.residual == "mhc" and config.mhc.recompute != "none",
+    )
 
-    Where the hyper-connections rebuild what they dropped, that is an action of its own.
+
+def layout_schedule(layout: ParallelConfig, *, num_mb: int, rebuilds: bool) -> Schedule:
+    """The schedule of ``layout``.
+
+    Args:
+        layout: its schedule is not ``megatron``.
+        num_mb: micro-batches of a step.
+        rebuilds: the hyper-connections rebuild what they dropped, which is an action of its own.
     """
-    layout = config.parallel
-    schedule = generate(layout.schedule, num_ranks=layout.pipeline, num_mb=config.num_micro_batches)
-    rebuilds = config.model.residual == "mhc" and config.mhc.recompute != "none"
+    schedule = generate(layout.schedule, num_ranks=layout.pipeline, num_mb=num_mb)
     ahead = layout.overlap in ("recompute", "all")
     return place_recompute(schedule, in_overlaps=not ahead) if rebuilds else schedule
 

@@ -61,7 +61,7 @@ def hyper_connection_flags(config: TrainConfig) -> list[str]:
     """The ``--mhc-*`` flags of a run."""
     from mhc_megatron.pretrain.options import mhc_options
 
-    values = {name: getattr(config.mhc, name) for name in vars(config.mhc)}
+    values = {**vars(config.parallel), **vars(config.mhc)}
     return [f"{o.flag}={values[o.name]}" for o in mhc_options() if o.name in values]
 
 
@@ -70,7 +70,11 @@ def run_loop(rank: int, world_size: int, argv: list[str]) -> None:
     from mhc_megatron.pretrain.cli import train
 
     with mock.patch.dict(os.environ, _ENVIRONMENT):
-        train(argv, World(rank=rank, local_rank=rank, world_size=world_size))
+        try:
+            train(argv, World(rank=rank, local_rank=rank, world_size=world_size))
+        except SystemExit as end:  # --exit-interval
+            if end.code:
+                raise
 
 
 def logged_loop(rank: int, world_size: int, argv: list[str]) -> str:
@@ -102,9 +106,9 @@ def run_script(rank: int, world_size: int, argv: list[str], variables: dict[str,
     with mock.patch.dict(os.environ, {**_ENVIRONMENT, **variables}), training_loop(world) as gpt:
         from megatron.core.enums import ModelType
         from megatron.training import argument_utils as utils
-        from megatron.training import pretrain, set_startup_timestamps
+        from megatron.training import set_startup_timestamps
 
-        from mhc_megatron.pretrain.script import add_mhc_args, hyper_connect
+        from mhc_megatron.pretrain.script import add_mhc_args, hyper_connect, pretrain
 
         untouched = "--spec" in argv
         try:
@@ -145,10 +149,11 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
 
 
-def misplaced_states(rank: int, world_size: int, config: TrainConfig, sort: bool) -> list[str]:
+def misplaced_states(rank: int, world_size: int, config: TrainConfig, order: str) -> list[str]:
     """Parameters for which the distributed optimizer saves another one's weights.
 
-    ``sort`` puts the float32 buffers first, as the plug-in's hook does.
+    ``order``: ``hook`` puts the float32 buffers first, as the plug-in does under Megatron's
+    schedules; ``groups`` gives float32 parameters their own, as it does under others.
     """
     from megatron.core.optimizer import (
         OptimizerConfig,
@@ -158,6 +163,7 @@ def misplaced_states(rank: int, world_size: int, config: TrainConfig, sort: bool
 
     from mhc_megatron.pretrain.buffers import float32_buffers_first
     from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
+    from mhc_megatron.training.optimizer import float32_apart
 
     with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
         megatron_config = transformer_config(config)
@@ -166,14 +172,15 @@ def misplaced_states(rank: int, world_size: int, config: TrainConfig, sort: bool
             for number, parameter in enumerate(p for c in chunks for p in c.parameters()):
                 parameter.fill_(number)
         wrapped = wrap_data_parallel(config, megatron_config, chunks)
-        if sort:
+        if order == "hook":
             wrapped = float32_buffers_first(wrapped)
         options = OptimizerConfig(
             optimizer="adam", lr=1.0, bf16=True, use_distributed_optimizer=True
         )
-        optimizer = get_megatron_optimizer(
-            options, wrapped, config_overrides=get_standard_config_overrides(options)
-        )
+        overrides = get_standard_config_overrides(options)
+        if order == "groups":
+            overrides |= float32_apart(1.0)
+        optimizer = get_megatron_optimizer(options, wrapped, config_overrides=overrides)
         wrong = []
         for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
             for parameter, (group, place) in inner.model_param_group_index_map.items():

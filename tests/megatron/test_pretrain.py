@@ -6,6 +6,7 @@ Collected where megatron-core has the loop (conftest.py); test_pretrain_options.
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -57,12 +58,20 @@ def config(data: DataConfig, tmp_path: Path) -> TrainConfig:
         pytest.param({}, id="single"),
         pytest.param({"tensor": 2, "sequence": True}, id="TP2"),
         pytest.param({"pipeline": 2}, id="PP2"),
+        pytest.param({"pipeline": 2, "schedule": "zb_h1"}, id="ZB-H1"),
+        pytest.param({"pipeline": 2, "schedule": "dualpipe_v"}, id="DualPipeV"),
+        pytest.param(
+            {"pipeline": 2, "schedule": "dualpipe_v", "overlap": "post"}, id="DualPipeV overlapped"
+        ),
     ],
 )
 def test_megatrons_loop_trains_as_our_trainer_does(
-    workers: WorkerPool, config: TrainConfig, tmp_path: Path, layout: dict[str, int]
+    workers: WorkerPool, config: TrainConfig, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
-    config = dataclasses.replace(config, parallel=ParallelConfig(**layout))
+    parallel = ParallelConfig(**layout)
+    num_layers = max(2, parallel.num_stages)
+    model = dataclasses.replace(config.model, num_layers=num_layers)
+    config = dataclasses.replace(config, parallel=parallel, model=model)
     world_size = config.parallel.world_size
     board = tmp_path / "tensorboard"
     argv = pretrain.arguments(config, board) + pretrain.hyper_connection_flags(config)
@@ -90,7 +99,7 @@ def test_a_script_with_the_lines_and_one_with_a_spec(
     variables = {
         option.variable: str(getattr(config.mhc, option.name))
         for option in mhc_options()
-        if option.name not in ("schedule", "log_timing")
+        if hasattr(config.mhc, option.name)
     }
     variables["MHC_LOG_TIMING"] = "1"
     boards = [tmp_path / "lines", tmp_path / "spec"]
@@ -105,6 +114,24 @@ def test_a_script_with_the_lines_and_one_with_a_spec(
     assert "gain_composite/forward" in by_lines
     for tag in ("hyper_connection_ms/forward", "hyper_connection_ms/backward"):
         assert len(by_lines[tag]) == len(by_spec[tag]) == config.steps
+
+
+def test_a_script_takes_the_schedule_of_the_command(
+    workers: WorkerPool, config: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        config, parallel=ParallelConfig(pipeline=2, schedule="one_f_one_b"), steps=2
+    )
+    boards = [tmp_path / "script", tmp_path / "command"]
+    script, command = (
+        pretrain.arguments(config, board) + pretrain.hyper_connection_flags(config)
+        for board in boards
+    )
+    workers.run(pretrain.run_script, 2, script, {})
+    workers.run(pretrain.run_loop, 2, command)
+    by_script, by_command = map(pretrain.scalars, boards)
+    for tag in ("grad-norm", "lm loss", "lm loss validation", "gain_composite/forward"):
+        assert by_script[tag] == by_command[tag]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +211,8 @@ def test_what_does_not_combine_is_refused_before_a_step(
         "--recompute-num-layers=1": "recompute_granularity='full' does not combine with "
         "recompute='auto' of the hyper-connections: it re-runs whole layers, hyper-connections "
         "included; set recompute='none', or recompute_granularity='selective'",
-        "--mhc-schedule=zb_h1": "--mhc-schedule=zb_h1: Megatron's training loop fetches its "
-        "pipeline schedule itself and has no argument for another one; use megatron, or "
-        "mhc-megatron train, whose parallel.schedule runs the others",
+        "--mhc-schedule=zb_h1": "--mhc-schedule='zb_h1' needs --pipeline-model-parallel-size > 1; "
+        "set --mhc-schedule=megatron",
         "--spec a b": "--spec a b and hyper_connect both choose the layers; leave out --spec",
         "--sft": "--sft is done by Megatron-LM's pretrain_gpt.py and not by mhc-megatron "
         "pretrain; add hyper_connect to that script (docs/megatron.md)",
@@ -198,12 +224,49 @@ def test_what_does_not_combine_is_refused_before_a_step(
     assert "lm loss" not in pretrain.scalars(board)
 
 
-@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "as built"])
+@pytest.mark.parametrize(
+    ("layout", "order"),
+    [({}, "hook"), ({"pipeline": 2, "schedule": "dualpipe_v"}, "groups")],
+    ids=["one chunk", "two chunks"],
+)
 def test_a_half_precision_checkpoint_keeps_every_state_with_its_parameter(
-    workers: WorkerPool, config: TrainConfig, sort: bool
+    workers: WorkerPool, config: TrainConfig, layout: dict[str, Any], order: str
 ) -> None:
+    parallel = ParallelConfig(distributed_optimizer=True, **layout)
     config = dataclasses.replace(
-        config, dtype="bf16", parallel=ParallelConfig(distributed_optimizer=True)
+        config,
+        dtype="bf16",
+        parallel=parallel,
+        model=dataclasses.replace(config.model, num_layers=parallel.num_stages),
     )
-    wrong = workers.run(pretrain.misplaced_states, 1, config, sort)[0]
-    assert bool(wrong) != sort, wrong
+    for kept in (order, "as built"):
+        found = workers.run(pretrain.misplaced_states, parallel.world_size, config, kept)
+        assert any(found) == (kept == "as built"), found
+
+
+def test_a_checkpoint_goes_from_one_schedule_to_another(
+    workers: WorkerPool, config: TrainConfig, tmp_path: Path
+) -> None:
+    """Saved under DualPipeV, resumed under Megatron's 1F1B, saved, and back."""
+    vee = ParallelConfig(pipeline=2, schedule="dualpipe_v")
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, num_layers=4), parallel=vee, steps=6
+    )
+    saved = tmp_path / "saved"
+    kept = f"--ckpt-format torch_dist --save {saved} --load {saved} --save-interval 100"
+
+    def run(board: str, parallel: ParallelConfig, *flags: str) -> dict[str, list[float]]:
+        run_config = dataclasses.replace(config, parallel=parallel)
+        argv = pretrain.arguments(run_config, tmp_path / board)
+        argv += pretrain.hyper_connection_flags(run_config)
+        workers.run(pretrain.run_loop, 2, [*argv, *flags])
+        return pretrain.scalars(tmp_path / board)
+
+    whole = run("whole", vee)["lm loss"]
+    found = []
+    for steps, parallel in ((2, vee), (4, ParallelConfig(pipeline=2)), (6, vee)):
+        found += run(f"to-{steps}", parallel, *f"{kept} --exit-interval {steps}".split())["lm loss"]
+    assert found[:2] == whole[:2]
+    # Other stages add up the gradients of a weight in the same order, but not the norm's squares.
+    assert found == pytest.approx(whole, rel=_LOSS)
+    assert len(set(found)) == config.steps
