@@ -33,7 +33,7 @@ import mhc_megatron
 names = [found.name for found in pkgutil.walk_packages(mhc_megatron.__path__, "mhc_megatron.")]
 loop = importlib.util.find_spec("megatron.training")
 for name in names:
-    if loop or name != "mhc_megatron.pretrain.gpt":
+    if loop or name not in ("mhc_megatron.pretrain.gpt", "mhc_megatron.pretrain.stages"):
         importlib.import_module(name)
 generic = ("kernels", "pipeline", "launch")
 print(json.dumps({
