@@ -1,12 +1,16 @@
 """A forward and a backward of one pipeline stage: one after the other, and interleaved on lanes.
 
     python benchmarks/overlap.py --results benchmarks/results/h100 --pictures out
+    python benchmarks/overlap.py --results benchmarks/results/h100 --padded --launches eager graph
     python benchmarks/overlap.py --results out --models tiny --repetitions 2
 
 The stage is that of ``te_blocks.py``, with recompute ``auto``. For each overlap mode: the time of
 the pair, whether its gradients have the bits of mode ``none``, and the planner's prediction. That
 comes from the phases' times, measured one after the other on a single lane. On a GPU a profile then
 says how much of the work on the priority lane is hidden, and is drawn into ``--pictures``.
+
+Launched as a CUDA graph, a pair does not depend on the host; with ``--padded`` the dispatcher does
+not wait for the GPU either, which a graph needs.
 
 One GPU has nobody to exchange tokens with. An exchange is a copy of them and a wait, as long as
 they would take at ``--gigabytes-per-second``, on the communication lane.
@@ -16,12 +20,13 @@ bits differ.
 
 import argparse
 import functools
+import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +34,7 @@ from typing import Any, get_args
 import cudnn_first  # noqa: F401
 import torch
 from alone import one_process
+from captured import capture, side_stream
 from overlap_trace import hidden_lines
 from provenance import append, provenance
 from ranks import layouts
@@ -214,7 +220,46 @@ class Pair:
         return output
 
 
-def bits_of(stage: Stage, pair: Pair) -> list[Tensor]:
+class GraphedPair:
+    """A ``Pair`` whose three calls are CUDA graphs, which share their memory.
+
+    Args:
+        stage: of the pair; its gradients are the graphs' from now on.
+        pair: on lanes that begin and end with the current stream.
+    """
+
+    def __init__(self, stage: Stage, pair: Pair) -> None:
+        self.phases = pair.phases
+        for _ in range(WARM_UP):
+            stage.forget()
+            pair.first_forward()
+            pair.step()
+            pair.last_backward()
+        stage.forget()
+        torch.cuda.synchronize()
+        first, _ = capture(pair.first_forward)
+        step, self._results = capture(pair.step, first.pool())
+        last, _ = capture(pair.last_backward, first.pool())
+        self._graphs = first, step, last
+        self._gradients = [(tensor, tensor.grad) for tensor in stage.chunk.parameters()]
+
+    def first_forward(self) -> None:
+        """As in ``Pair``."""
+        for tensor, gradient in self._gradients:
+            tensor.grad = gradient
+        self._graphs[0].replay()
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """As in ``Pair``; the results are overwritten by the next step."""
+        self._graphs[1].replay()
+        return self._results
+
+    def last_backward(self) -> None:
+        """As in ``Pair``."""
+        self._graphs[2].replay()
+
+
+def bits_of(stage: Stage, pair: Pair | GraphedPair) -> list[Tensor]:
     """Output, input's gradient and all parameters' gradients of a pair and what follows it."""
     stage.forget()
     pair.first_forward()
@@ -224,13 +269,18 @@ def bits_of(stage: Stage, pair: Pair) -> list[Tensor]:
     return found + [gradient.clone() for gradient in gradients if gradient is not None]
 
 
-def clock_of(device: torch.device) -> tuple[Clock, Callable[[Any, Any], float]]:
-    """What marks a moment on the current stream, and the milliseconds between two of them."""
+def clock_of(
+    device: torch.device, *, in_graph: bool = False
+) -> tuple[Clock, Callable[[Any, Any], float]]:
+    """What marks a moment on the current stream, and the milliseconds between two of them.
+
+    ``in_graph``: the moment is one of every replay of the graph that is being captured.
+    """
     if device.type != "cuda":
         return time.perf_counter, lambda start, end: 1e3 * (end - start)
 
     def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=in_graph)
         event.record()
         return event
 
@@ -241,7 +291,7 @@ def clock_of(device: torch.device) -> tuple[Clock, Callable[[Any, Any], float]]:
     return mark, between
 
 
-def time_of(stage: Stage, pair: Pair, device: torch.device) -> float:
+def time_of(stage: Stage, pair: Pair | GraphedPair, device: torch.device) -> float:
     """Milliseconds of one step of a pair."""
     clock, between = clock_of(device)
     stage.forget()
@@ -256,28 +306,40 @@ def time_of(stage: Stage, pair: Pair, device: torch.device) -> float:
 
 
 def phase_costs(
-    stage: Stage, mode: OverlapMode, device: torch.device, repetitions: int
+    stage: Stage, mode: OverlapMode, device: torch.device, repetitions: int, launch: str
 ) -> dict[str, PhaseCost]:
     """Milliseconds of the phases by name, one after the other on one lane."""
-    clock, between = clock_of(device)
+    in_graph = launch == "graph"
+    clock, between = clock_of(device, in_graph=in_graph)
     times: dict[tuple[str, str], list[float]] = {}
 
     def planner(forward: Sequence[Phase], backward: Sequence[Phase], *, rebuild: bool) -> Plan:
         return tuple(s for s in serial(forward, backward) if rebuild or s.op != "R")
 
     log: list[tuple[Step, Any]] = []
+    ends: list[Any] = []
+
+    class Watched(Pair):
+        def step(self) -> tuple[Tensor, Tensor]:
+            log.clear()
+            results = super().step()
+            ends.append(clock())
+            return results
+
     watched = functools.partial(TimedTurns, log=log, clock=clock)
-    pair = Pair(stage, mode, OneLane(device), planner, watched)
+    pair: Pair | GraphedPair = Watched(stage, mode, OneLane(device), planner, watched)
+    if in_graph:
+        pair = GraphedPair(stage, pair)
     for repetition in range(repetitions + WARM_UP):
-        log.clear()
         stage.forget()
         pair.first_forward()
         pair.step()
-        end = clock()
         pair.last_backward()
         if repetition < WARM_UP:
             continue
-        moments = [moment for _, moment in log] + [end]
+        if in_graph:
+            torch.cuda.synchronize()
+        moments = [moment for _, moment in log] + [ends[-1]]
         for (step, start), after in zip(log, moments[1:], strict=True):
             key = pair.phases[step.phase].name, step.op
             times.setdefault(key, []).append(between(start, after))
@@ -298,90 +360,122 @@ def phase_costs(
 
 
 def measure(
-    size: Size, device: torch.device, args: argparse.Namespace
+    size: Size, device: torch.device, args: argparse.Namespace, launch: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """The lines of one stage, without their provenance, each with a line of the table."""
-    config = megatron_config(size, None, engine=device.type == "cuda")
+    config = megatron_config(size, None, engine=device.type == "cuda", padded=args.padded)
     if device.type == "cuda":
         delay_weight_gradients(config)
     mhc = MHCConfig(num_streams=STREAMS, recompute="auto")
     stage = Stage(size, config, mhc, None)
     layouts.randomise([stage.chunk], seed=1)
-    wait = exchange_of(args.gigabytes_per_second, device)
-    let_exchange(stage.chunk, wait)
+    let_exchange(stage.chunk, exchange_of(args.gigabytes_per_second, device))
     lanes = Lanes(device)
-    costs = {mode: phase_costs(stage, mode, device, args.repetitions) for mode in MODES[1:]}
-
-    pairs = {"none": Pair(stage, "none", lanes)} | {
-        mode: Pair(stage, mode, lanes, functools.partial(interleave, costs=given))
-        for mode, given in costs.items()
-    }
-    expected = bits_of(stage, pairs["none"])
-    times: dict[OverlapMode, list[float]] = {mode: [] for mode in MODES}
-    for repetition in range(args.repetitions + WARM_UP):
-        for mode, found in times.items():
-            milliseconds = time_of(stage, pairs[mode], device)
-            if repetition >= WARM_UP:
-                found.append(milliseconds)
-    shape = {
-        "model": size.name,
-        "blocks": size.blocks,
-        "T": size.tokens * size.sequences,
-        "C": size.channels,
-        "n": STREAMS,
-        "dtype": "bf16",
-        "gigabytes_per_second": args.gigabytes_per_second,
-    }
+    costs = {mode: phase_costs(stage, mode, device, args.repetitions, launch) for mode in MODES[1:]}
     common = {
-        mode: {"benchmark": "overlap", "impl": f"mhc_megatron.{mode}", "shape": shape}
-        for mode in MODES
+        "benchmark": "overlap",
+        "launch": launch,
+        "shape": {
+            "model": size.name,
+            "blocks": size.blocks,
+            "T": size.tokens * size.sequences,
+            "C": size.channels,
+            "n": STREAMS,
+            "dtype": "bf16",
+            "gigabytes_per_second": args.gigabytes_per_second,
+            **(
+                {} if size.experts is None else {"experts": "padded" if args.padded else "dropless"}
+            ),
+        },
     }
-    alone = statistics.median(times["none"])
-    for mode, found in times.items():
-        median = statistics.median(found)
-        bits = bits_of(stage, pairs[mode])
-        mismatches = sum(not torch.equal(a, b) for a, b in zip(bits, expected, strict=True))
-        line = {
-            **common[mode],
-            "metric": "pair",
-            "value": round(median, 3),
-            "spread": [round(min(found), 3), round(max(found), 3)],
-            "unit": "ms",
-            "serial": round(alone, 3),
-            "mismatches": mismatches,
-            "launch": "eager",
-        }
-        text = f"{size.name:<6}{mode:<10}{median:>10.3f} ms, {mismatches} mismatches"
-        if mode != "none":
-            phases, given = pairs[mode].phases, costs[mode]
-            plan = interleave(phases, phases, given, rebuild=mode in ("recompute", "all"))
-            spans = simulate_lanes(plan, phases, phases, given)
-            predicted = max(span.end for span in spans)
-            line |= {
-                "predicted": round(predicted, 3),
-                "priority": round(
-                    sum(span.end - span.start for span in spans if span.lane is Lane.PRIORITY), 3
+
+    def pair_of(mode: OverlapMode) -> Pair | GraphedPair:
+        if mode == "none":
+            pair = Pair(stage, mode, lanes)
+        else:
+            pair = Pair(stage, mode, lanes, functools.partial(interleave, costs=costs[mode]))
+        return GraphedPair(stage, pair) if launch == "graph" else pair
+
+    expected = bits_of(stage, Pair(stage, "none", lanes))
+    alone = 0.0
+    # Eager pairs take turns; each graph has memory of its own, and is alone.
+    for group in [(mode,) for mode in MODES] if launch == "graph" else [MODES]:
+        pairs = {mode: pair_of(mode) for mode in group}
+        times: dict[OverlapMode, list[float]] = {mode: [] for mode in group}
+        for repetition in range(args.repetitions + WARM_UP):
+            for mode, found in times.items():
+                milliseconds = time_of(stage, pairs[mode], device)
+                if repetition >= WARM_UP:
+                    found.append(milliseconds)
+        alone = alone or statistics.median(times["none"])
+        for mode, found in times.items():
+            bits = bits_of(stage, pairs[mode])
+            line: dict[str, Any] = {
+                **common,
+                "impl": f"mhc_megatron.{mode}",
+                "metric": "pair",
+                "value": round(statistics.median(found), 3),
+                "spread": [round(min(found), 3), round(max(found), 3)],
+                "unit": "ms",
+                "serial": round(alone, 3),
+                "mismatches": sum(
+                    not torch.equal(a, b) for a, b in zip(bits, expected, strict=True)
                 ),
             }
-            text += f", predicted {predicted:.3f} ({median / predicted:.2f} times)"
-        yield line, text
-    if device.type != "cuda":
-        return
-    for mode, current in pairs.items():
-        current.first_forward()
+            if mode != "none":
+                line |= predictions(mode, pairs[mode].phases, costs[mode])
+            yield line, summary(line)
+        if device.type == "cuda":
+            for mode, pair in pairs.items():
+                picture = (
+                    args.pictures and args.pictures / f"overlap_{size.name}_{launch}_{mode}.svg"
+                )
+                for found_line, text in profile(pair, picture):
+                    whole = {**common, "impl": f"mhc_megatron.{mode}", **found_line}
+                    yield whole, f"{size.name:<6}{launch:<6}{mode:<10}{text}"
+        pairs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def predictions(
+    mode: OverlapMode, phases: tuple[Phase, ...], costs: Mapping[str, PhaseCost]
+) -> dict[str, float]:
+    """Milliseconds of the pair, and of its priority lane, by the planner's reckoning."""
+    plan = interleave(phases, phases, costs, rebuild=mode in ("recompute", "all"))
+    spans = simulate_lanes(plan, phases, phases, costs)
+    priority = sum(span.end - span.start for span in spans if span.lane is Lane.PRIORITY)
+    return {
+        "predicted": round(max(span.end for span in spans), 3),
+        "priority": round(priority, 3),
+    }
+
+
+def summary(line: dict[str, Any]) -> str:
+    """A pair's line of the table."""
+    mode = line["impl"].removeprefix("mhc_megatron.")
+    text = f"{line['shape']['model']:<6}{line['launch']:<6}{mode:<10}{line['value']:>10.3f} ms, "
+    text += f"{line['mismatches']} mismatches"
+    if "predicted" in line:
+        ratio = line["value"] / line["predicted"]
+        text += f", predicted {line['predicted']:.3f} ({ratio:.2f} times)"
+    return text
+
+
+def profile(pair: Pair | GraphedPair, picture: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """What a profiled step hides: lines without what they share, each with its text."""
+    pair.first_forward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    ) as profiler:
+        pair.step()
         torch.cuda.synchronize()
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-        ) as profiler:
-            current.step()
-            torch.cuda.synchronize()
-        current.last_backward()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(trace))
-            picture = args.pictures and args.pictures / f"overlap_{size.name}_{mode}.svg"
-            for found_line, text in hidden_lines(trace, picture):
-                yield {**common[mode], **found_line}, f"{size.name:<6}{mode:<10}{text}"
+    pair.last_backward()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        yield from hidden_lines(trace, picture)
 
 
 def main() -> int:
@@ -397,6 +491,10 @@ def main() -> int:
     )
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument(
+        "--padded", action="store_true", help="experts' tokens padded to an even share"
+    )
+    parser.add_argument("--launches", nargs="+", default=["eager"], choices=["eager", "graph"])
+    parser.add_argument(
         "--gigabytes-per-second",
         type=float,
         default=50.0,
@@ -407,17 +505,21 @@ def main() -> int:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     source, mismatches = provenance(args.commit), 0
+    graphed = "graph" in args.launches
+    if graphed and not (device.type == "cuda" and args.padded):
+        parser.error("--launches graph needs a GPU, and --padded: the host must not wait for it")
     for folder in filter(None, (args.results, args.pictures)):
         folder.mkdir(parents=True, exist_ok=True)
-    with one_process():
+    with one_process(cuda_graph=graphed), side_stream(device):
         for name in args.models:
             size = replace(sizes[name], sequences=args.sequences)
             if args.blocks is not None:
                 size = replace(size, blocks=args.blocks)
-            for line, text in measure(size, device, args):
-                mismatches += line.get("mismatches", 0)
-                append(args.results, line, source)
-                print(text, flush=True)
+            for launch in args.launches:
+                for line, text in measure(size, device, args, launch):
+                    mismatches += line.get("mismatches", 0)
+                    append(args.results, line, source)
+                    print(text, flush=True)
     return int(mismatches > 0)
 
 

@@ -1,6 +1,7 @@
 """What hyper-connections cost a pipeline stage of Transformer Engine blocks, in bf16 and in FP8.
 
     python benchmarks/te_blocks.py --results benchmarks/results/h100
+    python benchmarks/te_blocks.py --results benchmarks/results/h100 --launches graph --padded
 
 A stage from the middle of a model, with Megatron's layer specs: blocks of the mHC paper's 3B, 9B
 and 27B models (table 5: MoE with MLA), and of a dense model of the size of 8B. Forward and backward
@@ -8,14 +9,18 @@ of one micro-batch of sequences of 4096 tokens, without hyper-connections, with 
 states recomputed, taking turns. All three have the same weights. The weights' FP8 copies are made
 once, as by the first micro-batch of a step; gradients are bf16 and start empty. The paper does not
 say the rank of MLA's queries: here it is that of the keys and values.
+Launched as a CUDA graph a step does not depend on the host. Experts then need ``--padded``, or the
+host waits in every layer to know how many tokens each expert has.
 Appends to ``<results>/te_blocks.jsonl`` (format: benchmarks/README.md) as it goes.
 """
 
 import argparse
+import gc
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from typing import Any
 import cudnn_first  # noqa: F401
 import torch
 from alone import one_process
+from captured import capture, side_stream
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from provenance import append, provenance
@@ -79,13 +85,17 @@ SIZES = {
 }
 
 
-def megatron_config(size: Size, recipe: str | None, *, engine: bool = True) -> TransformerConfig:
+def megatron_config(
+    size: Size, recipe: str | None, *, engine: bool = True, padded: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of a model of three such stages.
 
     Args:
         size: of a stage.
         recipe: of FP8; None for bf16.
         engine: Transformer Engine's modules and fused kernels; without, a rehearsal on a CPU.
+        padded: every expert gets as many tokens as if all were evenly spread, the likeliest ones or
+            zeros, so that the host need not know how many chose it.
     """
     options: dict[str, Any] = {
         "num_layers": STAGES * size.blocks,
@@ -112,6 +122,8 @@ def megatron_config(size: Size, recipe: str | None, *, engine: bool = True) -> T
         options |= {"fp8": "hybrid", "fp8_recipe": recipe}
     if size.experts is None:
         return TransformerConfig(**options, num_query_groups=8)
+    if padded:
+        options |= {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}
     return MLATransformerConfig(
         **options,
         multi_latent_attention=True,
@@ -200,12 +212,26 @@ def kernel_times(stage: Stage) -> tuple[float, float]:
     return sum(times.values()), sum(ms for name, ms in times.items() if name in ours)
 
 
-def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[str, Any]]:
+def as_graph(stage: Stage) -> Callable[[], object]:
+    """Replays of a stage's step."""
+    for _ in range(2):
+        stage.forget()
+        stage.step()
+    stage.forget()
+    graph, _ = capture(stage.step)
+    return graph.replay
+
+
+def measure(
+    size: Size, recipe: str | None, repetitions: int, *, launch: str, padded: bool
+) -> Iterator[dict[str, Any]]:
     """The lines of one stage, without their provenance."""
-    config = megatron_config(size, recipe)
+    config = megatron_config(size, recipe, padded=padded)
+    eager = launch == "eager"
     stages: dict[str, Stage] = {}
     for name, mhc in VARIANTS.items():
         stages[name] = Stage(size, config, mhc, stages.get(PLAIN))
+    steps = {name: stage.step if eager else as_graph(stage) for name, stage in stages.items()}
     times: dict[str, list[float]] = {name: [] for name in stages}
     memory: dict[str, int] = {}
     for repetition in range(repetitions + 3):  # the first three warm up
@@ -216,7 +242,7 @@ def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[s
             torch.cuda.reset_peak_memory_stats()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            stage.step()
+            steps[name]()
             stop.record()
             stop.synchronize()
             if repetition >= 3:
@@ -227,7 +253,7 @@ def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[s
     for name, found in times.items():
         median = statistics.median(found)
         yield {
-            **common_keys(size, recipe, name),
+            **common_keys(size, recipe, name, padded),
             "metric": "step",
             "value": round(median, 3),
             "spread": [round(min(found), 3), round(max(found), 3)],
@@ -235,15 +261,19 @@ def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[s
             "tokens_per_s": round(size.tokens * size.sequences / median * 1e3),
             "plain": round(plain_time, 3),
             "overhead": round(100 * (median / plain_time - 1), 2),
-            "launch": "eager",
+            "launch": launch,
         }
+        if not eager:  # whose memory is the graph's, and stays; its kernels are the same
+            continue
         yield {
-            **common_keys(size, recipe, name),
+            **common_keys(size, recipe, name, padded),
             "metric": "memory",
             "value": memory[name],
             "unit": "bytes",
             "plain": memory[PLAIN],
         }
+    if not eager:
+        return
     kernels = {name: kernel_times(stage) for name, stage in stages.items()}
     plain_kernels = kernels[PLAIN][0]
     if not plain_kernels:
@@ -251,7 +281,7 @@ def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[s
         return
     for name, (every, ours) in kernels.items():
         yield {
-            **common_keys(size, recipe, name),
+            **common_keys(size, recipe, name, padded),
             "metric": "kernels",
             "value": round(every, 3),
             "unit": "ms",
@@ -261,8 +291,9 @@ def measure(size: Size, recipe: str | None, repetitions: int) -> Iterator[dict[s
         }
 
 
-def common_keys(size: Size, recipe: str | None, variant: str) -> dict[str, Any]:
+def common_keys(size: Size, recipe: str | None, variant: str, padded: bool) -> dict[str, Any]:
     """What all lines of a variant share."""
+    experts = {"experts": "padded"} if padded and size.experts is not None else {}
     return {
         "benchmark": "te_blocks",
         "impl": "megatron-core" if variant == PLAIN else f"mhc_megatron.{variant}",
@@ -273,6 +304,7 @@ def common_keys(size: Size, recipe: str | None, variant: str) -> dict[str, Any]:
             "C": size.channels,
             "n": 1 if variant == PLAIN else STREAMS,
             "dtype": "bf16" if recipe is None else f"fp8_{recipe}",
+            **experts,
         },
     }
 
@@ -307,6 +339,10 @@ def main() -> int:
         "--sequences", type=int, default=1, help="of the micro-batch (default: %(default)s)"
     )
     parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--launches", nargs="+", default=["eager"], choices=["eager", "graph"])
+    parser.add_argument(
+        "--padded", action="store_true", help="experts' tokens padded to an even share"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -318,21 +354,25 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: needs a GPU and Transformer Engine", file=sys.stderr)
         return 2
+    graphed = "graph" in args.launches
+    if graphed and not args.padded and any(SIZES[name].experts for name in args.models):
+        parser.error("--launches graph of experts needs --padded: the host must not wait for them")
     deadline = time.monotonic() + args.seconds
     source, left = provenance(args.commit), []
     args.results.mkdir(parents=True, exist_ok=True)
-    with one_process():
-        for name in args.models:
-            for dtype in args.dtypes:
-                if time.monotonic() > deadline:
-                    left.append(f"{name} {dtype}")
-                    continue
-                recipe = None if dtype == "bf16" else dtype
-                size = replace(SIZES[name], sequences=args.sequences)
-                for line in measure(size, recipe, args.repetitions):
-                    append(args.results, line, source)
-                    print(show(line), flush=True)
-                torch.cuda.empty_cache()
+    with one_process(cuda_graph=graphed), side_stream(torch.device("cuda", 0)):
+        for name, dtype, launch in itertools.product(args.models, args.dtypes, args.launches):
+            if time.monotonic() > deadline:
+                left.append(f"{name} {dtype} {launch}")
+                continue
+            recipe = None if dtype == "bf16" else dtype
+            size = replace(SIZES[name], sequences=args.sequences)
+            options = {"launch": launch, "padded": args.padded}
+            for line in measure(size, recipe, args.repetitions, **options):
+                append(args.results, line, source)
+                print(show(line), flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
     if left:
         print(f"not measured within {args.seconds:g} s: {', '.join(left)}", file=sys.stderr)
     return 1 if left else 0
