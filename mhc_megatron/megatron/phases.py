@@ -5,7 +5,8 @@ graph there, which does nothing but say, in the backward, that the same two phas
 the other way round. So the graph is whole, and every sum has the order that it has without phases.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self.compute: Any = None
+        self._between: Any = None
         self._streams: dict[Lane, Any] = {}
         if device.type == "cuda":
             self.compute = torch.cuda.current_stream(device)
@@ -37,6 +39,7 @@ class Lanes:
                 Lane.COMMUNICATION: torch.cuda.Stream(device),
                 Lane.PRIORITY: torch.cuda.Stream(device, priority=-1),
             }
+            self._between = torch.cuda.Stream(device)
 
     def stream(self, lane: Lane) -> Any:
         """A ``torch.cuda.Stream``; None on the CPU."""
@@ -58,6 +61,23 @@ class Lanes:
             if tensor is not None:
                 tensor.record_stream(stream)
         torch.cuda.set_stream(stream)
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """On a stream of its own, on which nothing is computed.
+
+        Autograd lets the stream of a node wait for its gradients as soon as they are made. Were it
+        a lane's, what the other side enqueues there before the node's turn would wait too.
+        """
+        if self._between is None:
+            yield
+            return
+        before = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._between)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
     def end_of_phase(self) -> Any:
         """An event after what the current lane has enqueued; None on the CPU."""
@@ -128,7 +148,8 @@ class PhaseMarker:
                 "parallel.overlap needs the layers of a stage to run in their order, once each: "
                 "set parallel.overlap=none"
             )
-        marked: tuple[Tensor, ...] = _Boundary.apply(self, self._at, *tensors)
+        with self.lanes.between():
+            marked: tuple[Tensor, ...] = _Boundary.apply(self, self._at, *tensors)
         ended = self.lanes.end_of_phase()
         self._wait()
         self.lanes.enter(expected.lane, ended, [*marked, *used])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhc_megatron.megatron import phases
 from mhc_megatron.megatron.overlap import LaneOverlap, PhasedStage
 from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.phases import Lane, Phase
@@ -41,7 +42,7 @@ class Recorded:
         self._own = threading.local()  # as on a GPU, each thread has a current stream
         self.compute = Stream("compute")
         self.tensors: list[tuple[int, str]] = []
-        made = iter(["communication", "priority"])
+        made = iter(["communication", "priority", "between"])
         for name, function in (
             ("current_stream", lambda *_: self.current),
             ("set_stream", self._set),
@@ -107,6 +108,24 @@ def test_every_phase_runs_on_its_lane_and_a_forward_ends_on_the_compute_lane(
         recorded.tensors.clear()
         for stream in streams.values():
             stream.notes.clear()
+
+
+def test_what_stands_between_two_phases_is_on_no_lane(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or autograd would let a lane wait for a gradient before the turn of what it is for."""
+    found: list[str] = []
+    apply = phases._Boundary.apply
+
+    def noting(*arguments: Any) -> Any:
+        found.append(recorded.current.name)
+        return apply(*arguments)
+
+    monkeypatch.setattr(phases._Boundary, "apply", noting)
+    log: list[str] = []
+    stage(recorded, log)[0].forward(0, torch.ones(2))
+    assert found == ["between"] * (len(PHASES) - 1)
+    assert log == ["compute", "communication", "compute", "priority"]
 
 
 def test_the_message_of_an_overlap_leaves_from_the_last_lane(recorded: Recorded) -> None:
