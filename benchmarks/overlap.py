@@ -160,7 +160,7 @@ class Pair:
         turns: Callable[[Plan], Turns] = Turns,
     ) -> None:
         self._chunk: Any = stage.chunk
-        self._data = stage
+        self._data, self.lanes = stage, lanes
         chain = chain_of(stage.chunk)
         assert chain is not None and chain.recompute is not None
         self._chain, self._recompute = chain, chain.recompute
@@ -230,6 +230,7 @@ class GraphedPair:
 
     def __init__(self, stage: Stage, pair: Pair) -> None:
         self.phases = pair.phases
+        self._lanes = pair.lanes if pair.phases else None
         for _ in range(WARM_UP):
             stage.forget()
             pair.first_forward()
@@ -237,11 +238,19 @@ class GraphedPair:
             pair.last_backward()
         stage.forget()
         torch.cuda.synchronize()
-        first, _ = capture(pair.first_forward)
-        step, self._results = capture(pair.step, first.pool())
-        last, _ = capture(pair.last_backward, first.pool())
+        first, _ = self._capture(pair.first_forward)
+        step, self._results = self._capture(pair.step, first.pool())
+        last, _ = self._capture(pair.last_backward, first.pool())
         self._graphs = first, step, last
         self._gradients = [(tensor, tensor.grad) for tensor in stage.chunk.parameters()]
+
+    def _capture(self, call: Callable[[], Any], pool: Any = None) -> Any:
+        def on_lanes() -> Any:
+            if self._lanes is not None:  # a backward ends by waiting for all of them
+                self._lanes.fork()
+            return call()
+
+        return capture(on_lanes, pool)
 
     def first_forward(self) -> None:
         """As in ``Pair``."""
@@ -440,15 +449,21 @@ def measure(
 
 def predictions(
     mode: OverlapMode, phases: tuple[Phase, ...], costs: Mapping[str, PhaseCost]
-) -> dict[str, float]:
-    """Milliseconds of the pair, and of its priority lane, by the planner's reckoning."""
+) -> dict[str, Any]:
+    """Milliseconds of the pair and of its priority lane by the planner's reckoning, and of what."""
     plan = interleave(phases, phases, costs, rebuild=mode in ("recompute", "all"))
     spans = simulate_lanes(plan, phases, phases, costs)
     priority = sum(span.end - span.start for span in spans if span.lane is Lane.PRIORITY)
     return {
         "predicted": round(max(span.end for span in spans), 3),
         "priority": round(priority, 3),
+        "costs": {name: rounded(cost) for name, cost in costs.items()},
     }
+
+
+def rounded(cost: PhaseCost) -> list[float]:
+    """Milliseconds of forward, dgrad, wgrad and rebuild."""
+    return [round(ms, 3) for ms in (cost.forward, cost.dgrad, cost.wgrad, cost.rebuild)]
 
 
 def summary(line: dict[str, Any]) -> str:
