@@ -1,17 +1,12 @@
 """Recompute policies: the bits of every gradient, what is dropped and rebuilt, and when."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import layouts
-from helpers.oracle import DENSE, EXACT, MODELS, Oracle, check, run_config
 from helpers.pool import WorkerPool
 from helpers.small_gpt import build, losses_of
-from megatron.core import __version__ as core_version
-from packaging.version import Version
 
 from mhc_megatron import recompute
 from mhc_megatron.config import MHCConfig
@@ -145,78 +140,3 @@ def test_mutation_and_misuse(workers: WorkerPool) -> None:
     assert differs
     assert twice.startswith("a second backward through hyper-connections whose states are dropped")
     assert replaced.startswith("hidden states were replaced between two layers")
-
-
-# name: (model, layout, what else)
-LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "core_attn": ("dense", {}, {"recompute": "core_attn"}),
-    "pp2": ("dense", {"pipeline": 2}, {}),
-    "pp4_vpp2": ("dense", {"pipeline": 4, "virtual": 2}, {}),
-    "pp2_zb_h1": ("dense", {"pipeline": 2, "schedule": "zb_h1"}, {}),
-    "pp2_dualpipe_v": ("dense", {"pipeline": 2, "schedule": "dualpipe_v"}, {}),
-    "mtp": ("mtp", {}, {}),
-}
-if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
-    LAYOUTS["moe"] = ("moe", {}, {})
-    LAYOUTS["moe_pp2_dualpipe_v"] = ("moe", {"pipeline": 2, "schedule": "dualpipe_v"}, {})
-
-
-@pytest.fixture(scope="module")
-def oracles() -> dict[str, Oracle]:
-    return {}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_no_recompute_in_a_single_process(
-    name: str,
-    workers: WorkerPool,
-    oracles: dict[str, Oracle],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    model, layout, options = LAYOUTS[name]
-    if model not in oracles:
-        folder = tmp_path_factory.mktemp(model)
-        oracles[model] = Oracle(workers, run_config(MODELS[model]), folder)
-    mhc = MHCConfig(recompute="auto")
-    config = run_config(MODELS[model], layout, mhc=mhc, **options)
-    losses, errors = oracles[model].errors(workers, config, tmp_path / "g")
-    check(losses, errors, EXACT, loss_tolerance=0.0)
-
-
-def test_sequence_parallelism_has_the_bits_of_no_recompute(
-    workers: WorkerPool, tmp_path: Path
-) -> None:
-    """Against the same layout: tensor parallelism sums in another order than one process."""
-    layout = {"tensor": 2, "sequence": True, "pipeline": 2}
-    single = Oracle(workers, run_config(DENSE), tmp_path / "single")
-    for name, policy in (("none", {}), ("auto", POLICIES["auto"])):
-        config = run_config(DENSE, layout, mhc=MHCConfig(**policy))
-        single.errors(workers, config, tmp_path / name)
-    [errors] = workers.run(layouts.differences, 1, str(tmp_path / "auto"), str(tmp_path / "none"))
-    assert not any(errors.values()), errors
-
-
-def test_split_backward_of_the_kernels_has_the_bits_of_no_recompute(
-    workers: WorkerPool, tmp_path: Path
-) -> None:
-    """States are dropped a second time between I and W, branch inputs stay for W."""
-    config = run_config(DENSE, {"pipeline": 2, "schedule": "zb_h1"}, global_batch_size=2)
-    model = dataclasses.replace(config.model, num_layers=4, seq_length=8)
-    folders = []
-    kernels = MHCConfig(
-        backend="triton", num_streams=2, sinkhorn_iterations=2, contraction="learned"
-    )
-    single = dataclasses.replace(run_config(DENSE, global_batch_size=2), model=model)
-    oracle = Oracle(
-        workers,
-        dataclasses.replace(single, mhc=dataclasses.replace(kernels, backend="reference")),
-        tmp_path / "single",
-    )
-    for name, policy in (("none", {}), ("stage", POLICIES["stage"]), ("block", POLICIES["block3"])):
-        folders.append(tmp_path / name)
-        mhc = dataclasses.replace(kernels, **policy)
-        oracle.errors(workers, dataclasses.replace(config, model=model, mhc=mhc), folders[-1])
-    for folder in folders[1:]:
-        [errors] = workers.run(layouts.differences, 1, str(folder), str(folders[0]))
-        assert not any(errors.values()), errors
