@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 The activations of a recipe under every recompute policy of its hyper-connections: what a
-micro-batch keeps in a stage, what the rebuild of a block adds, and the peak of a rank under the
-recipe's schedule. Nothing is run.
+micro-batch keeps in a stage, what the rebuild of a block adds, what stays for a W of its own, and
+the peak of a rank under the recipe's schedule. Nothing is run.
 
-Counted are the streams, the branches' inputs and outputs, and for what the branches keep
---branch-width times C per branch. Embedding, loss and what a backward allocates are not.
+A second table has what a micro-batch keeps under every policy: the branches' outputs, for the
+branches --branch-width times C each, and the hyper-connections' coefficients. The last line says
+what is not counted.
 """
 
 _EPILOG = """\
@@ -29,7 +30,10 @@ examples:
   mhc-megatron plan memory --recipe stdlib-small-pp --set model.num_layers=32 mhc.recompute=auto
 """
 
-_HEADER = ("policy", "block", "blocks", "kept", "rebuilt", "one micro-batch", "peak of a rank")
+_HEADER = (
+    *("policy", "block", "blocks", "kept", "rebuilt", "one micro-batch", "from I to W"),
+    "peak of a rank",
+)
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -39,7 +43,7 @@ class Plan(NamedTuple):
     Attributes:
         policy: its name; ``*`` behind the recipe's own.
         size: of the stage with the most layers.
-        peaks: of every rank, branches included.
+        peaks: of every rank, all that is counted.
     """
 
     policy: str
@@ -48,7 +52,8 @@ class Plan(NamedTuple):
 
     @property
     def one(self) -> int:
-        """Peak of a micro-batch that is alone in its stage, without the branches: the formula."""
+        """Peak of a micro-batch that is alone in its stage, of what the policy decides: the
+        formula."""
         return self.size.kept_bytes + self.size.rebuilt_bytes
 
 
@@ -123,7 +128,7 @@ def _schedule(config: "TrainConfig") -> "Schedule":
 def _plans(config: "TrainConfig", schedule: "Schedule", branch_width: int) -> Iterator[Plan]:
     """Every policy: blocks of every length that all stages hold."""
     from mhc_megatron.pipeline.blocks import RecomputePolicy
-    from mhc_megatron.pipeline.costs import Costs, StageCosts
+    from mhc_megatron.pipeline.costs import Costs
     from mhc_megatron.pipeline.memory import StageSize
     from mhc_megatron.pipeline.simulate import simulate
 
@@ -150,13 +155,12 @@ def _plans(config: "TrainConfig", schedule: "Schedule", branch_width: int) -> It
                 ),
                 branch_width=branch_width,
                 element_bytes=_ELEMENT_BYTES[config.dtype],
+                logits=config.mhc.num_logits,
+                phi_parts=2 if config.dtype == "bf16" else 0,
             )
             for number in layers
         ]
-        costs = {
-            stage: StageCosts(held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes)
-            for stage, size in enumerate(sizes)
-        }
+        costs = {stage: size.costs() for stage, size in enumerate(sizes)}
         peaks = simulate(schedule, Costs(stages=costs)).peak_bytes.tolist()
         largest = max(sizes, key=lambda size: size.num_layers)
         yield Plan(policy.name + ("*" if policy == own else ""), largest, peaks)
@@ -181,6 +185,7 @@ def _lines(config: "TrainConfig", schedule: "Schedule", plans: list[Plan]) -> It
         f"C={size.hidden}, {size.seq * size.micro_batch_size:,} tokens, {config.dtype}"
     )
     yield ""
+    splits = _splits(schedule)
     rows = [
         (
             plan.policy,
@@ -189,12 +194,15 @@ def _lines(config: "TrainConfig", schedule: "Schedule", plans: list[Plan]) -> It
             bytes_text(plan.size.kept_bytes),
             bytes_text(plan.size.rebuilt_bytes),
             bytes_text(plan.one),
+            bytes_text(plan.size.kept_bytes + plan.size.wgrad_rebuilt_bytes) if splits else "-",
             bytes_text(max(plan.peaks)),
         )
         for plan in plans
         if _is_shown(plan)
     ]
     yield from columns([_HEADER, *rows])
+    yield ""
+    yield from columns(list(_whatever_the_policy(size)))
     yield ""
     own = next(plan for plan in plans if plan.policy.endswith("*"))
     peaks = ", ".join(map(bytes_text, own.peaks))
@@ -205,3 +213,42 @@ def _lines(config: "TrainConfig", schedule: "Schedule", plans: list[Plan]) -> It
         + (f", block {lowest.size.block}" if lowest.size.block else "")
         + "; auto is the best of a micro-batch alone in its stage"
     )
+    yield f"not counted: {', '.join(_not_counted(config))}"
+
+
+def _splits(schedule: "Schedule") -> bool:
+    """Whether some weight gradients are an action of their own."""
+    from mhc_megatron.pipeline.actions import Op
+    from mhc_megatron.pipeline.rows import OPS, ops_of
+
+    return any((ops_of(row.codes) == OPS.index(Op.W)).any() for row in schedule.ranks)
+
+
+def _whatever_the_policy(size: "StageSize") -> Iterator[tuple[str, str, str]]:
+    """Rows of what a micro-batch keeps besides, each with its size per sublayer."""
+    from mhc_megatron.report.simulation import bytes_text
+
+    phi = f"{size.phi_parts} x {size.num_logits} x {size.streams} C of 2 bytes, not per token"
+    yield "kept by every policy", "of a sublayer", "bytes"
+    yield "outputs of branches", "C", bytes_text(size.output_bytes)
+    yield "branches", f"{size.branch_width} C", bytes_text(size.branch_bytes)
+    yield (
+        "coefficients",
+        f"{size.coefficients} float32 numbers a token",
+        bytes_text(size.coefficient_bytes),
+    )
+    yield "phi for the kernels", phi if size.phi_parts else "-", bytes_text(size.phi_bytes)
+
+
+def _not_counted(config: "TrainConfig") -> Iterator[str]:
+    yield "embedding, final norm, logits and loss"
+    yield "gradients and what an action allocates for itself"
+    if config.model.mtp_num_layers:
+        yield (
+            f"model.mtp_num_layers={config.model.mtp_num_layers}, whose layers keep the plain "
+            "residual"
+        )
+    if config.parallel.overlap != "none":
+        yield "branch inputs that an interleaved backward keeps to its end"
+    if config.mhc.backend != "triton":
+        yield "what backend='reference' keeps more than the kernels"

@@ -4,7 +4,6 @@ The modules behind it are imported when it is asked for: other commands need no 
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,10 +233,7 @@ def _costs(args: argparse.Namespace, schedule: "Schedule", pair: "Forecast | Non
     costs = Costs(default=stage)
     size = _size(args, schedule)
     if size is not None:
-        stage = dataclasses.replace(
-            stage, held_bytes=size.held_bytes, rebuilt_bytes=size.rebuilt_bytes
-        )
-        costs = Costs(default=stage, message_bytes=size.message_bytes)
+        costs = Costs(default=size.costs(stage), message_bytes=size.message_bytes)
     if args.costs is None:
         return costs
     try:

@@ -114,6 +114,19 @@ def rebuilt_width(*, num_streams: int, block: int) -> int:
     return (num_streams + BRANCH_INPUTS) * block
 
 
+def split_rebuilt_width(*, num_sublayers: int, num_streams: int, block: int) -> int:
+    """What the rebuilds of a stage add under a split backward, per token in multiples of C.
+
+    The states of one block at a time, and the inputs of every branch, which stay until W.
+    """
+    return num_streams * block + wgrad_rebuilt_width(num_sublayers=num_sublayers, block=block)
+
+
+def wgrad_rebuilt_width(*, num_sublayers: int, block: int) -> int:
+    """What of it stays until W; without blocks nothing was dropped, and nothing is rebuilt."""
+    return BRANCH_INPUTS * num_sublayers if block else 0
+
+
 def peak_width(*, num_sublayers: int, num_streams: int, block: int) -> int:
     """``n ceil(L / L_r) + (n + 2) L_r``: the peak of one micro-batch (mHC, Eq. 20), times 1 / C."""
     kept = kept_width(num_sublayers=num_sublayers, num_streams=num_streams, block=block)

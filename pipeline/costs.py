@@ -34,7 +34,9 @@ class StageCosts:
             schedule has no R.
         held_bytes: kept from F to the end of B or W.
         rebuilt_bytes: what R (or, without R, B or I) adds until the end of B or I.
+        split_rebuilt_bytes: the same where I and W are apart; None for ``rebuilt_bytes``.
         wgrad_bytes: of ``held_bytes``, what W needs and I does not free; None for all of it.
+        wgrad_rebuilt_bytes: of ``split_rebuilt_bytes``, what W needs and I does not free.
 
     Raises:
         ScheduleError: a number is negative or above 1e12.
@@ -48,16 +50,22 @@ class StageCosts:
     recompute: Number = 0
     held_bytes: int = 0
     rebuilt_bytes: int = 0
+    split_rebuilt_bytes: int | None = None
     wgrad_bytes: int | None = None
+    wgrad_rebuilt_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
-        if self.wgrad_bytes is not None and self.wgrad_bytes > self.held_bytes:
-            raise ScheduleError(
-                f"wgrad_bytes={self.wgrad_bytes} is a part of held_bytes={self.held_bytes} "
-                "and cannot be larger"
-            )
+        for part, whole, most in (
+            ("wgrad_bytes", "held_bytes", self.held_bytes),
+            ("wgrad_rebuilt_bytes", "split_rebuilt_bytes", self.rebuilt_by_split),
+        ):
+            value = getattr(self, part)
+            if value is not None and value > most:
+                raise ScheduleError(
+                    f"{part}={value} is a part of {whole}={most} and cannot be larger"
+                )
 
     @property
     def whole_backward(self) -> Number:
@@ -65,9 +73,15 @@ class StageCosts:
         return self.dgrad + self.wgrad if self.backward is None else self.backward
 
     @property
+    def rebuilt_by_split(self) -> int:
+        """Bytes that R, or I without one, adds."""
+        return self.rebuilt_bytes if self.split_rebuilt_bytes is None else self.split_rebuilt_bytes
+
+    @property
     def kept_for_wgrad(self) -> int:
         """Bytes from the end of I to the end of W."""
-        return self.held_bytes if self.wgrad_bytes is None else self.wgrad_bytes
+        held = self.held_bytes if self.wgrad_bytes is None else self.wgrad_bytes
+        return held + self.wgrad_rebuilt_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

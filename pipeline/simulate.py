@@ -125,18 +125,19 @@ def _peaks(table: Table, stages: list[StageCosts]) -> tuple[np.ndarray, np.ndarr
     """
     last = table.is_op(Op.B) | table.is_op(Op.W)
     born = table.is_op(Op.F)
-    held, rebuilt, kept = (
+    held, whole, split, kept = (
         np.array(values, dtype=np.int64)[table.stages]
         for values in (
             [c.held_bytes for c in stages],
             [c.rebuilt_bytes for c in stages],
+            [c.rebuilt_by_split for c in stages],
             [c.kept_for_wgrad for c in stages],
         )
     )
-    dgrad = table.is_op(Op.I)
+    rebuilt = np.where(table.made_by(Op.I)[table.keys()] < 0, whole, split)
     grows = born * held + (table.is_op(Op.R) | _rebuilds(table)) * rebuilt
     shrinks = table.is_op(Op.B) * (held + rebuilt)
-    shrinks += dgrad * (held + rebuilt - kept) + table.is_op(Op.W) * kept
+    shrinks += table.is_op(Op.I) * (held + rebuilt - kept) + table.is_op(Op.W) * kept
     return _peak(table, born, last), _peak(table, grows, shrinks)
 
 

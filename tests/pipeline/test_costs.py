@@ -49,6 +49,8 @@ def test_costs_from_json() -> None:
          '{"0": {"forward": 2}, "-1": {"forward": 3}}'),
         ('{"default": {"held_bytes": 1, "wgrad_bytes": 2}}',
          "wgrad_bytes=2 is a part of held_bytes=1 and cannot be larger"),
+        ('{"default": {"rebuilt_bytes": 3, "wgrad_rebuilt_bytes": 4}}',
+         "wgrad_rebuilt_bytes=4 is a part of split_rebuilt_bytes=3 and cannot be larger"),
     ],
 )  # fmt: skip
 def test_wrong_costs(text: str, message: str) -> None:
@@ -81,18 +83,31 @@ def test_the_recompute_block_with_the_lowest_peak(
         hidden=1, seq=1, num_layers=num_sublayers // 2, branch_width=0, element_bytes=1
     )
     assert size.block == block
-    assert size.held_bytes - num_sublayers + size.rebuilt_bytes == kept
+    assert size.kept_bytes + size.rebuilt_bytes == kept
 
 
 def test_bytes_of_a_stage() -> None:
     size = StageSize(hidden=10, seq=100, micro_batch_size=2, num_layers=3, recompute_block=4)
     unit = 10 * 100 * 2 * 2
-    assert size.held_bytes == unit * (6 * (1 + 6) + 4 * 2)
+    rest = 6 * (4 * 200 * 50 + 2 * 2 * 24 * 40)  # coefficients, and phi in two parts
+    assert size.held_bytes == unit * (6 * (1 + 6) + 4 * 2) + rest
     assert size.rebuilt_bytes == unit * (4 + 2) * 4
+    assert size.split_rebuilt_bytes == unit * (4 * 4 + 2 * 6)
+    assert size.wgrad_rebuilt_bytes == unit * 2 * 6
+    assert size.costs(StageCosts(forward=7)) == StageCosts(
+        forward=7,
+        held_bytes=size.held_bytes,
+        rebuilt_bytes=size.rebuilt_bytes,
+        split_rebuilt_bytes=size.split_rebuilt_bytes,
+        wgrad_rebuilt_bytes=size.wgrad_rebuilt_bytes,
+    )
     assert size.message_bytes == unit * 4
     everything = StageSize(hidden=10, seq=100, micro_batch_size=2, num_layers=3, recompute_block=0)
-    assert everything.held_bytes == unit * 6 * (1 + 6 + 4 + 2)
-    assert everything.rebuilt_bytes == 0
+    assert everything.held_bytes == unit * 6 * (1 + 6 + 4 + 2) + rest
+    assert everything.rebuilt_bytes == everything.split_rebuilt_bytes == 0
+    assert everything.wgrad_rebuilt_bytes == 0
+    fewer = dataclasses.replace(everything, logits=8, phi_parts=0)
+    assert fewer.held_bytes == unit * 6 * (1 + 6 + 4 + 2) + 6 * 4 * 200 * (24 + 8 + 2)
     for wrong, message in {
         "hidden": "hidden=0 must be at least 1",
         "recompute_block": "recompute_block=-1 must be at least 0",

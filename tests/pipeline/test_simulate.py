@@ -88,6 +88,18 @@ def test_bytes_follow_the_order() -> None:
     }.items():
         timeline = simulate(from_csv(text), Costs(default=stage))
         assert timeline.peak_bytes.tolist() == [peak], text
+    split = StageCosts(
+        held_bytes=100, rebuilt_bytes=7, split_rebuilt_bytes=20, wgrad_rebuilt_bytes=15
+    )
+    for text, peak in {
+        "0F0,0B0,0F1,0I1,0W1": 120,
+        "0F0,0B0,0F1,0B1": 107,
+        "0F0,0I0,0F1,0B1,0W0": 115 + 107,
+        "0F0,0I0,0F1,0I1,0W0,0W1": 115 + 120,
+        "0F0,0F1,0R1,0I0,0W0,0I1,0W1": 200 + 2 * 20,
+    }.items():
+        timeline = simulate(from_csv(text), Costs(default=split))
+        assert timeline.peak_bytes.tolist() == [peak], text
     whole = StageCosts(held_bytes=100, rebuilt_bytes=7)
     split = from_csv("0F0,0I0,0F1,0I1,0W0,0W1")
     assert simulate(split, Costs(default=whole)).peak_bytes.tolist() == [207]
