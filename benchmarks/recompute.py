@@ -217,7 +217,7 @@ def memory_lines(size: Size) -> Iterator[dict[str, Any]]:
         samples.append(held + x.numel() * x.element_size())  # the first state was there before
 
     for name, mhc in policies(base, size).items():
-        block = mhc.recompute_policy.block_of(num_sublayers=size.sublayers, num_streams=n)
+        block = mhc.block_of(size.sublayers)
         stage(x, begin(mhc, size)).sum().backward()  # parameters' gradients exist from here on
         torch.cuda.synchronize()
         samples.clear()

@@ -112,6 +112,33 @@ class MHCConfig:
         except ScheduleError as error:
             raise UserError(str(error)) from None
 
+    def block_of(self, num_sublayers: int) -> int:
+        """Sublayers of a recompute block in a stage of ``num_sublayers``; 0 with ``none``.
+
+        Raises:
+            UserError: the stage is shorter than the block.
+        """
+        try:
+            return self.recompute_policy.block_of(
+                num_sublayers=num_sublayers, num_streams=self.num_streams
+            )
+        except ScheduleError as error:
+            raise UserError(str(error)) from None
+
+    def reject_recompute_of_layers(self, option: str, remedy: str) -> None:
+        """Raise a UserError if the streams are recomputed beside Megatron's recompute of layers.
+
+        Args:
+            option: that asks for whole layers, with its value.
+            remedy: in the terms of whoever set it.
+        """
+        if self.recompute != "none":
+            raise UserError(
+                f"{option} does not combine with recompute={self.recompute!r} of the "
+                "hyper-connections: it re-runs whole layers, hyper-connections included; "
+                f"{remedy}"
+            )
+
     @property
     def hidden_parts(self) -> int:
         """C-wide parts of the hidden states between pipeline stages: the n streams, and under

@@ -18,7 +18,6 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.hyper_connection import Mix, Observer, normalises
 from mhc_megatron.pipeline.blocks import recompute_plan
-from mhc_megatron.pipeline.errors import ScheduleError
 
 CudaStreams = Sequence["torch.cuda.Stream"]
 
@@ -256,12 +255,7 @@ class StreamRecompute:
     """
 
     def __init__(self, mhc: MHCConfig, *, num_sublayers: int) -> None:
-        try:
-            block = mhc.recompute_policy.block_of(
-                num_sublayers=num_sublayers, num_streams=mhc.num_streams
-            )
-        except ScheduleError as error:
-            raise UserError(str(error)) from None
+        block = mhc.block_of(num_sublayers)
         self.plan = recompute_plan(num_sublayers=num_sublayers, block=block)
         self._mhc = mhc
         self.observer: Observer | None = None

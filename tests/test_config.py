@@ -30,7 +30,9 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
         ),
         (
             lambda: TrainConfig(recompute="full", mhc=MHCConfig(recompute="auto")),
-            "mhc.recompute='auto' does not combine with recompute='full', .*; use recompute='none'",
+            "recompute='full' does not combine with recompute='auto' of the hyper-connections: it "
+            "re-runs whole layers, hyper-connections included; set mhc.recompute='none', or "
+            "recompute='core_attn'",
         ),
         (
             lambda: TrainConfig(
@@ -38,7 +40,7 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
                 mhc=MHCConfig(recompute="block", recompute_block=4),
                 parallel=ParallelConfig(pipeline=2, first_stage_layers=3),
             ),
-            "mhc.recompute_block=4 is above the 2 sublayers of the shortest stage",
+            "recompute_block=4 is above the 2 sublayers of a stage; blocks end with the stage",
         ),
         (lambda: MHCConfig(projection="x"), "projection='x' is not one of sinkhorn"),
         (lambda: MHCConfig(contraction="x"), "contraction='x' is not one of mean"),

@@ -108,13 +108,12 @@ def reject_unsupported_recompute(config: TransformerConfig, mhc: MHCConfig) -> N
     """
     if mhc.recompute == "none":
         return
-    for condition, option, reason, remedy in (
-        (
-            config.recompute_granularity == "full",
+    if config.recompute_granularity == "full":
+        mhc.reject_recompute_of_layers(
             "recompute_granularity='full'",
-            "it re-runs whole layers, hyper-connections included",
             "set recompute='none', or recompute_granularity='selective'",
-        ),
+        )
+    for condition, option, reason, remedy in (
         (
             config.cpu_offloading,
             "cpu_offloading=True",

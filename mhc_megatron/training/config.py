@@ -211,7 +211,12 @@ class TrainConfig:
             )
         layout, model = self.parallel, self.model
         layout.check_layers(model.num_layers)
-        self._check_stream_recompute()
+        if model.residual == "mhc":
+            self.mhc.block_of(2 * min(layout.stage_layers(model.num_layers)))
+            if self.recompute == "full":
+                self.mhc.reject_recompute_of_layers(
+                    "recompute='full'", "set mhc.recompute='none', or recompute='core_attn'"
+                )
         layout.check_overlap(
             recompute=self.recompute,
             policy=self.mhc.recompute if model.residual == "mhc" else None,
@@ -275,23 +280,6 @@ class TrainConfig:
         self._check_fp8()
         if self.cuda_graph:
             self._check_graph()
-
-    def _check_stream_recompute(self) -> None:
-        policy = self.mhc.recompute_policy
-        if self.model.residual != "mhc" or policy.name == "none":
-            return
-        if self.recompute == "full":
-            raise UserError(
-                f"mhc.recompute={policy.name!r} does not combine with recompute='full', which runs "
-                "whole layers again, hyper-connections included; use recompute='none' or "
-                "'core_attn', or mhc.recompute='none'"
-            )
-        shortest = 2 * min(self.parallel.stage_layers(self.model.num_layers))
-        if policy.block is not None and policy.block > shortest:
-            raise UserError(
-                f"mhc.recompute_block={policy.block} is above the {shortest} sublayers of the "
-                "shortest stage; blocks end with the stage, so take fewer, or mhc.recompute='auto'"
-            )
 
     def _check_graph(self) -> None:
         for refused, option, reason, remedy in (

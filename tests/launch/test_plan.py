@@ -129,7 +129,7 @@ def test_the_lowest_peak_is_of_all_blocks(capsys: pytest.CaptureFixture[str]) ->
         (["model.residual=plain"], "model.residual='plain' has no streams to recompute"),
         (
             ["mhc.recompute=block", "mhc.recompute_block=9"],
-            "mhc.recompute_block=9 is above the 8 sublayers of the shortest stage",
+            "recompute_block=9 is above the 8 sublayers of a stage",
         ),
         (["mhc.recompute=best"], "mhc.recompute=best is not one of none, block, auto, stage"),
     ],
