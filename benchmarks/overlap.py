@@ -145,7 +145,7 @@ class Pair:
     """Forwards and backwards of a stage under one mode.
 
     Args:
-        stage: with hyper-connections that recompute.
+        stage: with hyper-connections, whose chain's recompute is then this pair's.
         mode: of the overlap.
         lanes: of its phases.
         planner, turns: as for ``LaneOverlap``.
@@ -162,7 +162,7 @@ class Pair:
         self._chunk: Any = stage.chunk
         self._data, self.lanes = stage, lanes
         chain = chain_of(stage.chunk)
-        assert chain is not None and chain.recompute is not None
+        assert chain is not None
         self._chain, self._recompute = chain, chain.recompute
         self._dropped: dict[int, ForwardRecompute] = {}
         queued = QueuedWeightGrads(stage.chunk)
@@ -182,7 +182,7 @@ class Pair:
 
     def first_forward(self) -> None:
         """Of micro-batch 0."""
-        self._chain.marker = self._marker
+        self._chain.marker, self._chain.recompute = self._marker, self._recompute
         self._stage.forward(0, self._input())
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -215,6 +215,7 @@ class Pair:
         output: Tensor = self._chunk(None, self._data.positions, None)
         if self._marker is not None:
             if self._marker.rebuilds_ahead:
+                assert self._recompute is not None
                 self._dropped[mb] = self._recompute.take()
             self._marker.end(output)
         return output

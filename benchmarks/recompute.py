@@ -1,15 +1,18 @@
 """Memory and time of the recompute policies, and the kernel that rebuilds a block.
 
     python benchmarks/recompute.py --results benchmarks/results/h100
-    python benchmarks/recompute.py --results out --parts stress --stress-steps 14
+    python benchmarks/recompute.py --results out --parts stress lanes --stress-steps 24
 
 One part after the other; recompute_<part>.py measures it, and says what it does.
 Appends to ``<results>/recompute_memory.jsonl`` and ``recompute_time.jsonl`` (format:
 benchmarks/README.md), of which recompute_table.py makes tables and a picture. Exit status 1 if bits
-differ. Without a GPU the stress can be tried.
+differ, or if a stress never ran short of memory. Without a GPU, where it never does, the parts
+stress and lanes can be tried.
 """
 
 import argparse
+import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +25,7 @@ from recompute_stage import Size
 
 from mhc_megatron.pipeline.blocks import best_block
 
-PARTS = ("memory", "kernel", "step", "stress")
+PARTS = ("memory", "kernel", "step", "stress", "lanes")
 NEED_A_GPU = ("memory", "kernel", "step")
 
 
@@ -47,10 +50,35 @@ def lines_of(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         from recompute_step import step_lines
 
         yield from step_lines(replace(size, sublayers=few), args.repetitions)
-    else:
+    elif part == "stress":
         from recompute_stress import stress_line
 
         yield stress_line(small, args.stress_steps)
+    else:
+        yield from lanes_lines(small, args.stress_steps)
+
+
+def lanes_lines(small: Size, steps: int) -> Iterator[dict[str, Any]]:
+    """A dense stage of megatron-core's modules; one of experts where Transformer Engine is."""
+    from alone import one_process
+    from recompute_lanes import lanes_line
+    from te_blocks import Size as BlockSize
+
+    dense = BlockSize(
+        name="dense",
+        channels=small.channels,
+        heads=8,
+        ffn=2 * small.channels,
+        blocks=max(2, small.sublayers // 2),
+        tokens=small.tokens,
+    )
+    with one_process():
+        yield lanes_line(dense, steps, engine=False)
+        if importlib.util.find_spec("transformer_engine") is None:
+            print("no Transformer Engine here: experts on lanes are left out", file=sys.stderr)
+            return
+        experts = replace(dense, name="experts", heads=4, ffn=256, experts=8, blocks=2)
+        yield lanes_line(experts, steps, engine=True)
 
 
 def main() -> int:
@@ -65,11 +93,16 @@ def main() -> int:
     parser.add_argument("--stress-steps", type=int, default=500)
     parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
     args = parser.parse_args()
+    if "lanes" in args.parts:  # read when the GPU, and Transformer Engine, are first used
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     on_gpu = torch.cuda.is_available()
     impossible = [part for part in args.parts if part in NEED_A_GPU]
     if impossible and not on_gpu:
         needing = " ".join(impossible)
-        parser.error(f"--parts {needing}: needs a GPU, and torch sees none; try --parts stress")
+        parser.error(
+            f"--parts {needing}: needs a GPU, and torch sees none; try --parts stress lanes"
+        )
     source, found = provenance(args.commit), []
     args.results.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
@@ -89,7 +122,10 @@ def main() -> int:
         best = best_block(num_sublayers=args.sublayers, num_streams=Size.streams)
         lowest = min(blocks, key=lambda line: line["value"])["shape"]["block"]
         print(f"lowest measured at block {lowest}, predicted {best}")
-    return int(any(line.get("deterministic") is False for line in found))
+    idle = [line["impl"] for line in found if on_gpu and line.get("alloc_retries") == 0]
+    if idle:
+        print(f"memory was never short for {', '.join(idle)}", file=sys.stderr)
+    return int(bool(idle) or any(line.get("deterministic") is False for line in found))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.hyper_connection import HyperConnection, normalises
+from mhc_megatron.hyper_connection import HyperConnection, Observer, normalises
 from mhc_megatron.recompute import ForwardRecompute, StreamRecompute
 
 BLOCKS = (1, 2, 4, 6, 8, 16)
@@ -151,11 +151,13 @@ class Stage(nn.Module):
         return norm if isinstance(norm, BranchNorm) else None
 
 
-def begin(mhc: MHCConfig, size: Size) -> ForwardRecompute | None:
-    """The recompute of one forward under the policy."""
+def begin(mhc: MHCConfig, size: Size, observer: Observer | None = None) -> ForwardRecompute | None:
+    """The recompute of one forward under the policy; ``observer`` runs its rebuilds."""
     if mhc.recompute == "none":
         return None
-    return StreamRecompute(mhc, num_sublayers=size.sublayers).begin()
+    recompute = StreamRecompute(mhc, num_sublayers=size.sublayers)
+    recompute.observer = observer
+    return recompute.begin()
 
 
 def inputs(size: Size, seed: int = 1) -> Tensor:

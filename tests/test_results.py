@@ -88,8 +88,13 @@ def test_megatrons_loop_has_the_losses_of_ours_on_a_gpu() -> None:
 
 
 def test_gradients_do_not_change_with_the_policy_under_memory_pressure() -> None:
-    [line] = map(json.loads, (RESULTS / "h200/recompute_memory.jsonl").read_text().splitlines())
-    assert (line["metric"], line["value"], line["steps"]) == ("steps_with_another_bit", 0, 500)
+    lines = map(json.loads, (RESULTS / "h200/recompute_memory.jsonl").read_text().splitlines())
+    stress = [line for line in lines if line["metric"] == "steps_with_another_bit"]
+    assert stress
+    for line in stress:
+        assert (line["value"], line["steps"]) == (0, 500)
+        assert line.get("alloc_retries", 1) > 0
+        assert line.get("control", {"mismatches": 1})["mismatches"] > 0
 
 
 def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
