@@ -71,7 +71,9 @@ class Job:
         variables: the environment of the ranks.
         out: the run's folder, absolute; logs and the requeue request are in ``<out>/slurm``.
         command: a rank's program and arguments.
-        preflight: a rank's program before that, which gets ``--out``; empty for none.
+        preflight: a rank's program before that, which gets ``--out`` and ``--unfit``; empty for
+            none.
+        max_left_out: nodes that the job leaves out by itself because they are not fit.
         sweep: for each task of an array, arguments after ``command``; empty for one job.
         sweep_outs: for each of these the run's folder.
     """
@@ -83,12 +85,15 @@ class Job:
     out: str
     command: tuple[str, ...]
     preflight: tuple[str, ...] = ()
+    max_left_out: int = 4
     sweep: tuple[tuple[str, ...], ...] = ()
     sweep_outs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_plain("out", self.out)
         _require_plain("name", self.name)
+        if self.max_left_out < 0:
+            raise UserError(f"--max-left-out={self.max_left_out} must be at least 0")
         if not self.out.startswith("/"):
             raise UserError(f"out={self.out!r} must be absolute: every node resolves it by itself")
         for variable in self.variables:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.slurm import cluster
-from mhc_megatron.launch.slurm.submit import JOBS
+from mhc_megatron.launch.slurm.left_out import read_left_out
+from mhc_megatron.launch.slurm.script import jobs_file
 from mhc_megatron.report import heartbeat
 
 _POLL_SECONDS = 1.0
@@ -20,7 +21,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_status(args: argparse.Namespace) -> int:
     """Print the run's jobs that wait or run, its last step, and what every rank does."""
-    submitted = (args.out / "slurm" / JOBS).is_file()
+    submitted = Path(jobs_file(str(args.out))).is_file()
     if submitted or not heartbeat.read_beats(args.out):
         jobs = _jobs(args.out)
         rows = cluster.queued(jobs)
@@ -34,6 +35,8 @@ def run_status(args: argparse.Namespace) -> int:
             print(
                 f"{folder}: step {line['step']}, loss {line['loss']:.4f}, {line['step_ms']:.0f} ms"
             )
+        for number, node, why in read_left_out(folder):
+            print(f"{folder}: job {number} left out node {node}: {why}")
         ranks = heartbeat.describe(folder, now=time.time())
         if ranks:
             print(ranks)
@@ -67,12 +70,13 @@ def run_logs(args: argparse.Namespace) -> int:
 
 
 def _jobs(out: Path) -> list[str]:
+    file = Path(jobs_file(str(out)))
     try:
-        return (out / "slurm" / JOBS).read_text().split()
+        return list(dict.fromkeys(file.read_text().split()))
     except FileNotFoundError:
         raise UserError(
-            f"{str(out)!r} has no {JOBS} of mhc-megatron submit; name the run directory that was "
-            "submitted"
+            f"{str(out)!r} has no {file.name} of mhc-megatron submit; name the run directory that "
+            "was submitted"
         ) from None
 
 

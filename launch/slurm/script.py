@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 
 from mhc_megatron.launch.slurm.job import Job
+from mhc_megatron.launch.slurm.left_out import leave_out
 
 # Ports that no system service uses; jobs that share a node have different numbers.
 _FIRST_PORT, _PORTS = 20000, 20000
@@ -17,8 +18,8 @@ on_all_ranks() {{
   local status=0
   "$@" || status=$?
   if [ "$status" -eq {_TOLD_EARLY} ]; then
-    echo "told to stop before the run began: job $SLURM_JOB_ID is queued again" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "told to stop before the run began: job $job is queued again" >&2
+    scontrol requeue "$job"
   fi
   return "$status"
 }}""".splitlines()
@@ -31,6 +32,15 @@ def requeue_request(out: str) -> str:
         out: the run's folder.
     """
     return f"{out}/slurm/requeue"
+
+
+def jobs_file(out: str) -> str:
+    """The file with the numbers of a run's jobs, a line each and some twice, the newest last.
+
+    Args:
+        out: the run's folder; of an array the one above its tasks'.
+    """
+    return f"{out}/slurm/jobs.txt"
 
 
 def render_sbatch(job: Job) -> str:
@@ -82,6 +92,9 @@ def _environment(job: Job) -> Iterator[str]:
 def _body(job: Job) -> Iterator[str]:
     yield f"command=({shlex.join(job.command)})"
     yield f"out={shlex.quote(job.out)}"
+    # Of an array this task alone: the number of one of them stands for the array as well.
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.sweep else "$SLURM_JOB_ID"
+    yield f'job="{number}"'
     if job.sweep:
         yield 'case "$SLURM_ARRAY_TASK_ID" in'
         for index, (arguments, out) in enumerate(zip(job.sweep, job.sweep_outs, strict=True)):
@@ -94,13 +107,25 @@ def _body(job: Job) -> Iterator[str]:
         step.append(f"--container-mounts={','.join(job.site.mounts)}")
     request = requeue_request("$out")
     yield f'mkdir -p "$out/slurm" && rm -f "{request}"'
+    # Also of a job that was queued by hand, with this script.
+    yield f'echo "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}" >>{shlex.quote(jobs_file(job.out))}'
     if job.site.requeue:
         yield from _ON_ALL_RANKS
     ranks = shlex.join([*(["on_all_ranks"] if job.site.requeue else []), *step])
     if job.preflight:
-        yield "# A node that is not fit is named, and ends the job before it trains."
-        yield f'{ranks} {shlex.join(job.preflight)} --out "$out"'
+        yield from _checked(job, ranks)
     yield f'{ranks} "${{command[@]}}"'
     if job.site.requeue:
         yield "# A run that was told to stop has saved, and goes on when the job runs again."
-        yield f'if [ -e "{request}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi'
+        yield f'if [ -e "{request}" ]; then scontrol requeue "$job"; fi'
+
+
+def _checked(job: Job, ranks: str) -> Iterator[str]:
+    """Nodes that are not fit are named, and end the job before it trains, or put it off."""
+    yield from leave_out(job)
+    yield "status=0"
+    yield f'{ranks} {shlex.join(job.preflight)} --out "$out" --unfit "$unfit" || status=$?'
+    yield 'if [ "$status" -ne 0 ]; then'
+    yield "  leave_out"
+    yield '  exit "$status"'
+    yield "fi"

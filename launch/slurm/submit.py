@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.launch.preflight import limit_flags
 from mhc_megatron.launch.slurm import cluster
 from mhc_megatron.launch.slurm.job import Job, Site
 from mhc_megatron.launch.slurm.placement import grid, place
-from mhc_megatron.launch.slurm.script import render_sbatch
+from mhc_megatron.launch.slurm.script import jobs_file, render_sbatch
 from mhc_megatron.launch.slurm.variables import Variable, variables
 
 if TYPE_CHECKING:
     from mhc_megatron.training.config import TrainConfig
-
-# In <out>/slurm: the numbers of the jobs that were queued for a run, a line each.
-JOBS = "jobs.txt"
 
 _DESCRIPTION = """\
 Queue the training of a recipe on a SLURM cluster. The number of nodes follows from the recipe's
@@ -74,6 +72,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--no-preflight", action="store_true", help="do not check the nodes before the run"
     )
+    job.add_argument(
+        "--limits",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="of that check: min_job_bandwidth=20 (GB/s); mhc-megatron preflight --help has all",
+    )
+    job.add_argument(
+        "--max-left-out",
+        type=int,
+        default=4,
+        help="unfit nodes that the job replaces by itself (default: %(default)s)",
+    )
     job.add_argument("--no-requeue", action="store_true", help="end instead of going on later")
     for name, what in (
         ("exclude", "nodes not to use"),
@@ -102,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     print(grid(job.placement))
     number = cluster.submit(script)
     (folder / "job.sbatch").write_text(script)
-    with (folder / JOBS).open("a") as file:
+    with open(jobs_file(job.out), "a") as file:
         file.write(f"{number}\n")
     tasks = f", {len(job.sweep)} tasks" if job.sweep else ""
     print(
@@ -154,6 +166,8 @@ def make_job(args: argparse.Namespace) -> Job:
     outs = tuple(f"{out}/{index}" for index in range(len(sweep)))
     program = (args.python, "-m", "mhc_megatron.launch.cli")
     command = [*program, "train", "--recipe", args.recipe]
+    if args.limits and args.no_preflight:
+        raise UserError("--limits are of the preflight, and --no-preflight leaves it out")
     if args.overrides:
         command += ["--set", *args.overrides]
     if not sweep:
@@ -165,7 +179,8 @@ def make_job(args: argparse.Namespace) -> Job:
         variables=(*(v for v in found if v.name not in names), *given),
         out=out,
         command=tuple(command),
-        preflight=() if args.no_preflight else (*program, "preflight"),
+        preflight=(() if args.no_preflight else (*program, "preflight", *limit_flags(args.limits))),
+        max_left_out=args.max_left_out,
         sweep=tuple(
             ("--set", *assignments, "--out", folder)
             for assignments, folder in zip(sweep, outs, strict=True)

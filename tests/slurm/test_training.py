@@ -42,6 +42,12 @@ def mhc_megatron(cluster: Cluster, *words: str) -> str:
     return done.stdout
 
 
+def submitted(out: Path) -> str:
+    """The number of the run's only job, which writes it again when it starts."""
+    [job] = set((out / "slurm" / "jobs.txt").read_text().split())
+    return job
+
+
 def losses(out: Path) -> dict[int, float]:
     """By step."""
     if not (out / "metrics.jsonl").exists():
@@ -88,7 +94,7 @@ def test_a_run_that_is_told_to_stop_goes_on_where_it_was(
     out = tmp_path / "run"
     said = mhc_megatron(cluster, "submit", *RECIPE, "--out", str(out), *ON_TWO_NODES)
     assert "node 0 | 0 p0\nnode 1 | 1 p1" in said
-    [job] = (out / "slurm" / "jobs.txt").read_text().split()
+    job = submitted(out)
     assert f"queued job {job}: 2 nodes x 1 ranks" in said
 
     wait(cluster, out, lambda: len(losses(out)) >= 3)
@@ -123,7 +129,7 @@ def test_a_lost_node_costs_no_committed_step(
         cluster, "submit", *RECIPE, "save_interval=4", "--out", str(out), *ON_TWO_NODES,
         "--no-preflight",
     )  # fmt: skip
-    [job] = (out / "slurm" / "jobs.txt").read_text().split()
+    job = submitted(out)
     wait(cluster, out, lambda: len(losses(out)) >= 9)
     cluster.lose_node(lost, job)
     committed = sorted(path.name for path in (out / "checkpoints").glob("step_*"))[-1]
@@ -149,7 +155,7 @@ def test_a_run_that_is_told_to_stop_before_it_listens_is_queued_again(
 ) -> None:
     out = tmp_path / "run"
     mhc_megatron(cluster, "submit", *RECIPE, "--out", str(out), *ON_TWO_NODES)
-    [job] = (out / "slurm" / "jobs.txt").read_text().split()
+    job = submitted(out)
     preflight = (f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", "SLURM_PROCID=0")
     wait(cluster, out, lambda: bool(processes(*preflight)))
     cluster.command("scancel", "--signal=USR1", job)
@@ -166,7 +172,41 @@ def test_a_run_that_fails_by_itself_is_not_queued_again(cluster: Cluster, tmp_pa
         cluster, "submit", *RECIPE, "optimizer.lr=1e30", "optimizer.warmup_steps=0", "--out",
         str(out), *ON_TWO_NODES, "--no-preflight",
     )  # fmt: skip
-    [job] = (out / "slurm" / "jobs.txt").read_text().split()
+    job = submitted(out)
     wait(cluster, out, lambda: state(cluster, job) == "FAILED")
     log = mhc_megatron(cluster, "logs", str(out))
     assert "stopped before anything was saved" in log and "queued again" not in log
+
+
+def test_a_node_that_is_not_fit_is_left_out_and_another_trains(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    out, first, python = tmp_path / "run", tmp_path / "first", tmp_path / "python"
+    # The node that gets the job first has lost its GPU.
+    python.write_text(
+        f"#!/bin/bash\n[ -e {first} ] || echo $SLURMD_NODENAME >{first}\nshift 2\n"
+        f"PYTHONPATH={Path(__file__).parents[1]} exec {sys.executable} -m helpers.lost_gpu "
+        f'SLURMD_NODENAME=$(cat {first}) "$@"\n'
+    )
+    python.chmod(0o755)
+    mhc_megatron(
+        cluster, "submit", "--recipe", "stdlib-small", "--set", *TINY, "parallel.tensor=1",
+        "parallel.sequence=False", "steps=2", "--out", str(out), *ON_TWO_NODES,
+        "--python", str(python),
+    )  # fmt: skip
+    job = submitted(out)
+    wait(cluster, out, lambda: state(cluster, job) == "PENDING" and first.exists())
+    lost = first.read_text().strip()
+    other = {"n1": "n2", "n2": "n1"}[lost]
+    assert f" ExcNodeList={lost} " in cluster.command("scontrol", "show", "job", "-o", job)
+    reason = "rank 0 fails: CUDA error: GPU is lost"
+    said = mhc_megatron(cluster, "status", str(out))
+    assert f"{out}: job {job} left out node {lost}: {reason}" in said
+
+    start_again(cluster, job)
+    wait(cluster, out, lambda: state(cluster, job) == "COMPLETED")
+    assert f" NodeList={other} " in cluster.command("scontrol", "show", "job", "-o", job)
+    assert list(losses(out)) == [1, 2]
+    log = mhc_megatron(cluster, "logs", str(out))
+    assert f"node {lost}: {reason} (leave it out with --exclude {lost})" in log
+    assert f"job {job} is queued again without {lost}" in log
