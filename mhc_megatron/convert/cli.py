@@ -18,6 +18,7 @@ _EXAMPLES = """\
 examples:
   mhc-megatron convert upcycle runs/plain/checkpoints/step_00000200 --out runs/mhc
   mhc-megatron convert names v4.pt --from deepseek_v4 --to ours --out mhc.pt
+  mhc-megatron convert names runs/mhc/checkpoints/step_00000200 --from ours --to megatron --out m.pt
 """
 
 _UPCYCLE = """\
@@ -27,8 +28,10 @@ model.residual=plain. A run with the same settings and OUT as its folder resumes
 """
 
 _NAMES = """\
-Read a state dict (torch.save, or .safetensors) and write it under other names, with H_res
-transposed where the two differ. DeepSeek-V4's names are known of hyper-connections alone.
+Read a model and write it as a state dict under other names, with H_res transposed where the two
+differ. SOURCE is a state dict (torch.save, or .safetensors), or a distributed checkpoint: a folder
+step_* of mhc-megatron train, or iter_* of Megatron's own loop, saved under any layout. What is
+written is one state dict always. DeepSeek-V4's names are known of hyper-connections alone.
 """
 
 _LAYOUTS = ("ours", "megatron", "deepseek_v4")
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description=_NAMES,
         formatter_class=raw,
     )
-    names.add_argument("state", type=Path, metavar="FILE", help="the state dict to read")
+    names.add_argument("state", type=Path, metavar="SOURCE", help="state dict or checkpoint")
     names.add_argument("--from", dest="source", required=True, choices=_LAYOUTS)
     names.add_argument("--to", dest="target", required=True, choices=_LAYOUTS)
     names.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
@@ -94,13 +97,16 @@ def _run_upcycle(args: argparse.Namespace) -> int:
 
 
 def _run_names(args: argparse.Namespace) -> int:
+    from mhc_megatron.convert.distributed import read_distributed
     from mhc_megatron.convert.files import read_state, write_state
     from mhc_megatron.convert.names import convert_names
 
-    before = read_state(args.state)
-    after = convert_names(
-        before, args.source, args.target, only_hyper_connections=args.only_hyper_connections
-    )
+    only = args.only_hyper_connections
+    if args.state.is_dir():
+        before = read_distributed(args.state, args.source, only_hyper_connections=only)
+    else:
+        before = read_state(args.state)
+    after = convert_names(before, args.source, args.target, only_hyper_connections=only)
     write_state(after, args.out)
     print(f"{args.out}: {len(after)} entries from the {len(before)} of {args.state}")
     return 0

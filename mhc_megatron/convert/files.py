@@ -17,11 +17,12 @@ def read_state(path: Path) -> dict[str, Any]:
     """A state dict on the CPU.
 
     Raises:
-        UserError: no such file, not a state dict, or a ``.safetensors`` without that library.
+        UserError: no such file, no state dict in it, or a ``.safetensors`` without that library.
     """
     if not path.is_file():
         raise UserError(
-            f"{path} is not a file; name one that torch.save or safetensors has written"
+            f"{path} does not exist; name what torch.save or safetensors has written, or the "
+            "folder of a distributed checkpoint"
         )
     if path.suffix == ".safetensors":
         loaded: dict[str, Any] = _safetensors(path).load_file(path)

@@ -86,6 +86,19 @@ def convert_names(
     return _write_v4(parts) if target == "deepseek_v4" else _write(parts, target)
 
 
+def is_hyper_connection(name: str, names: Names) -> bool:
+    """Whether an entry belongs to a hyper-connection or to the learned contraction."""
+    pattern = _V4_SITE if names == "deepseek_v4" else _SITE
+    return pattern.fullmatch(name) is not None or name in _HEADS[names]
+
+
+def model_name(stored: str, names: Names) -> str:
+    """The name in a model of an entry of its distributed checkpoint: the final norm's differs."""
+    if names == "ours" and stored in (f"{_THEIR_NORM}weight", f"{_THEIR_NORM}bias"):
+        return _OUR_NORM + stored.removeprefix(_THEIR_NORM)
+    return stored
+
+
 def swap_streams(packed: Tensor) -> Tensor:
     """Swap the two indices of the res part along the first dimension: ours to theirs, and back.
 

@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.module import Float16Module
 
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.convert.distributed import INDEX
 from mhc_megatron.data.tokenizer import load_tokenizer
 from mhc_megatron.errors import UserError
 from mhc_megatron.hyper_connection import HyperConnection
@@ -46,6 +47,12 @@ def upcycled_config(source: Path, overrides: Sequence[str], *, out: str) -> Trai
             baseline's function, or a folder that has checkpoints.
     """
     if not (source / CONFIG).is_file():
+        if (source / INDEX).is_file() or list(source.glob("iter_*")):
+            raise UserError(
+                f"{source} is of Megatron's own loop, and has no configuration of mhc-megatron "
+                "train; let your model provider load it with start_from_plain "
+                "(docs/checkpoints.md, From a checkpoint of Megatron's own loop)"
+            )
         raise UserError(
             f"{source} is not a checkpoint of mhc-megatron train; name a folder such as "
             "runs/plain/checkpoints/step_00000100"
@@ -122,26 +129,47 @@ def upcycle(source: Path, config: TrainConfig, world: World) -> Path:
         megatron_config = transformer_config(config)
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
         [chunk] = build_chunks(config, megatron_config, vocab_size=vocab_size)
-        _load_branches(source, chunk)
-        start_as_plain(chunk)
+        start_from_plain([chunk], source)
         folder = Path(config.out) / "checkpoints"
         return checkpoint.save(folder, 0, config=config, chunks=[chunk], optimizer=None)
 
 
-def _load_branches(source: Path, chunk: Any) -> None:
-    """All entries but the hyper-connections' and the contraction's; they have the plain names."""
-    model = chunk.module if isinstance(chunk, Float16Module) else chunk
-    ours = tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, HyperConnection | Contraction)
-    )
+def start_from_plain(chunks: Sequence[Any], source: Path) -> None:
+    """Load a plain checkpoint into a model with hyper-connections, which then computes the same.
+
+    A collective operation, called by all ranks after ``parallel_state`` is initialised. The layout
+    may be another than the checkpoint's.
+
+    Args:
+        chunks: this rank's GPTModels with ``gpt_block_spec``'s hyper-connections, one for every
+            virtual stage, alone or in a Float16Module.
+        source: a distributed checkpoint (``torch_dist``) of the plain model: a folder ``step_*`` of
+            ``mhc-megatron train``, or ``iter_*`` of Megatron's own loop.
+
+    Raises:
+        UserError: hyper-connections that meet the plain function only about.
+    """
+    models = [chunk.module if isinstance(chunk, Float16Module) else chunk for chunk in chunks]
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    entries = {
-        name: entry
-        for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items()
-        if not name.startswith(ours)
-    }
-    loaded = dist_checkpointing.load({"model": entries}, str(source))["model"]
-    missing = model.load_state_dict(loaded, strict=False).missing_keys
-    assert all(name.startswith(ours) for name in missing), missing
+    entries: dict[str, Any] = {}
+    added: list[tuple[str, ...]] = []
+    for index, model in enumerate(models):
+        parts = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, HyperConnection | Contraction)
+        }
+        for module in parts.values():
+            require_exact(module.mhc)
+        added.append(tuple(f"{name}." for name in parts))
+        # All other entries have the plain model's names.
+        entries[f"model{index}"] = {
+            name: entry
+            for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items()
+            if not name.startswith(added[index])
+        }
+    loaded = dist_checkpointing.load(entries, str(source))
+    for index, model in enumerate(models):
+        missing = model.load_state_dict(loaded[f"model{index}"], strict=False).missing_keys
+        assert all(name.startswith(added[index]) for name in missing), missing
+        start_as_plain(model)

@@ -104,6 +104,25 @@ def upcycled(
         upcycle.start_as_plain = start
 
 
+def validation_from_plain(rank: int, world_size: int, config: TrainConfig, source: Path) -> float:
+    """The validation loss of an mHC model into which a plain checkpoint was loaded."""
+    from mhc_megatron.convert.upcycle import start_from_plain
+
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        trainer = Trainer(config)
+        start_from_plain(trainer.bare_chunks, source)
+        return trainer.evaluate()[0]
+
+
+def saved_model(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The model of the newest checkpoint, as one process sees it."""
+    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+        trainer = Trainer(config)
+        trainer.resume()
+        [chunk] = trainer.bare_chunks
+        return {k: v for k, v in chunk.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
 def resumed_validation(rank: int, world_size: int, config: TrainConfig) -> tuple[int, float]:
     """The step that the newest checkpoint is of, and its validation loss."""
     with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):

@@ -153,7 +153,7 @@ def test_the_command_reads_and_writes_files(
     )
     (tmp_path / "megatron.2.pt").write_text("no archive")
     assert "megatron.2.pt is not a state dict: " in run("megatron.2", "ours.2")[1]
-    assert "megatron.3.pt is not a file; name one" in run("megatron.3", "ours.3")[1]
+    assert "megatron.3.pt does not exist; name what" in run("megatron.3", "ours.3")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "deepseek_v4.pt",
         "megatron.2.pt",
