@@ -58,6 +58,7 @@ _PURE = (
     "mhc_megatron.launch.slurm.job",
     "mhc_megatron.launch.slurm.jobs",
     "mhc_megatron.launch.slurm.left_out",
+    "mhc_megatron.launch.slurm.mounts",
     "mhc_megatron.launch.slurm.placement",
     "mhc_megatron.launch.slurm.script",
     "mhc_megatron.launch.slurm.submit",

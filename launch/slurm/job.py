@@ -9,6 +9,11 @@ from mhc_megatron.launch.slurm.variables import Variable
 
 # What an #SBATCH line can hold without quotes, whatever the shell.
 _PLAIN = re.compile(r"[A-Za-z0-9._+@%/:,=\[\]-]+")
+# What pyxis takes, without quotes: [USER@][REGISTRY#]IMAGE[:TAG], or the path of a squashfs file.
+_IMAGE = re.compile(
+    r"((docker|dockerd|podman)://)?([A-Za-z0-9._-]+@)?([A-Za-z0-9.-]+(:\d+)?#)?"
+    r"[A-Za-z0-9._/-]+(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]+)?"
+)
 _TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}")
 _SET_BY_THE_JOB = ("MASTER_ADDR", "MASTER_PORT")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -27,7 +32,9 @@ class Site:
         requeue: the job is queued again after a preemption, a lost node or the limit.
         exclude: names of nodes not to use.
         modules: loaded before the run.
-        container: image for srun's pyxis plug-in; ``mounts``: what it sees, ``SRC:DST``.
+        container: image for srun's pyxis plug-in, ``[USER@][REGISTRY#]IMAGE[:TAG]`` or the absolute
+            path of a squashfs file.
+        mounts: what the container sees, ``SRC:DST``.
     """
 
     partition: str | None = None
@@ -47,8 +54,12 @@ class Site:
         for field in fields(self):
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
-                if isinstance(text, str):
+                if isinstance(text, str) and field.name != "container":
                     _require_plain(field.name, text)
+        if self.container is not None:
+            _require_image(self.container)
+        if self.mounts and self.container is None:
+            raise UserError(f"--mounts={' '.join(self.mounts)} needs --container")
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise UserError(
                 f"--time={self.time!r} is not SLURM's days-hours:minutes:seconds; for example "
@@ -106,6 +117,18 @@ class Job:
                 )
             if "\n" in variable.value:
                 raise UserError(f"--env {variable.name}: a value of one line is needed")
+
+
+def _require_image(text: str) -> None:
+    """An image as pyxis takes it; srun gets it as a word of a shell's line, quoted."""
+    is_path = text.startswith("/")
+    if is_path:
+        _require_plain("container", text)
+    if not is_path and (not _IMAGE.fullmatch(text) or text.endswith(".sqsh")):
+        raise UserError(
+            f"--container={text!r} is no image of pyxis; name [USER@][REGISTRY#]IMAGE[:TAG], such "
+            "as nvcr.io#nvidia/pytorch:25.06-py3, or the absolute path of a .sqsh file"
+        )
 
 
 def _require_plain(name: str, text: str) -> None:

@@ -64,7 +64,8 @@ def _head(job: Job) -> Iterator[str]:
         "time": site.time,
         "exclude": ",".join(site.exclude) or None,
         "array": f"0-{len(job.sweep) - 1}" if job.sweep else None,
-        "output": f"{job.out}/slurm/{log}",
+        # Where a % of the folder's name is not a pattern.
+        "output": f"{job.out.replace('%', '%%')}/slurm/{log}",
         "open-mode": "append",
         # To the ranks, not to this script.
         "signal": f"USR1@{site.warning_seconds}",

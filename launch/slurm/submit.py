@@ -14,6 +14,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.launch.preflight import limit_flags
 from mhc_megatron.launch.slurm import cluster
 from mhc_megatron.launch.slurm.job import Job, Site
+from mhc_megatron.launch.slurm.mounts import code_folders, container_mounts, run_folders
 from mhc_megatron.launch.slurm.placement import grid, place
 from mhc_megatron.launch.slurm.script import jobs_file, render_sbatch
 from mhc_megatron.launch.slurm.variables import Variable, variables
@@ -59,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks-per-node", type=int, default=8, help="GPUs of a node (default: %(default)s)"
     )
     job.add_argument("--cpu", action="store_true", help="nodes without GPUs")
-    for name in ("partition", "account", "qos", "container"):
+    for name in ("partition", "account", "qos"):
         job.add_argument(f"--{name}")
+    job.add_argument("--container", help="[USER@][REGISTRY#]IMAGE[:TAG] or /PATH.sqsh, for pyxis")
     job.add_argument("--time", help="limit, as SLURM writes it: 24:00:00, 2-00")
     job.add_argument("--cores", type=int, help="of a rank")
     job.add_argument(
@@ -90,14 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, what in (
         ("exclude", "nodes not to use"),
         ("modules", "environment modules to load"),
-        ("mounts", "SRC:DST, what the container sees"),
+        ("mounts", "SRC:DST, what the container sees besides the run, its data and this Python"),
     ):
         job.add_argument(f"--{name}", nargs="+", action="extend", default=[], help=what)
     job.add_argument("--env", metavar="NAME=VALUE", nargs="+", action="extend", default=[])
     job.add_argument(
         "--allow", choices=["tensor-across-nodes"], nargs="+", default=[], help="what is refused"
     )
-    job.add_argument("--python", default=sys.executable, help="on the nodes (default: this one)")
+    job.add_argument("--python", help="on the nodes, or in the container (default: this one)")
     job.add_argument("--dry-run", action="store_true", help="print the script, queue nothing")
 
 
@@ -136,8 +138,8 @@ def make_job(args: argparse.Namespace) -> Job:
     config = _with(load_recipe(args.recipe), args.overrides)
     out = os.path.abspath(args.out or config.out)
     sweep = _combinations(args.sweep)
-    for assignments in sweep:
-        swept = _with(config, assignments)
+    configs = [_with(config, assignments) for assignments in sweep] or [config]
+    for assignments, swept in zip(sweep, configs, strict=False):
         if swept.parallel != config.parallel:
             raise UserError(
                 f"--sweep {' '.join(assignments)} changes the layout, and the tasks of an array "
@@ -158,13 +160,13 @@ def make_job(args: argparse.Namespace) -> Job:
         requeue=not args.no_requeue,
         exclude=tuple(args.exclude),
         modules=tuple(args.modules),
-        mounts=tuple(args.mounts),
+        mounts=_mounts(args, configs, out),
     )
     found = variables(config.parallel, on_gpu=not args.cpu, cores=args.cores)
     given = [_variable(text) for text in args.env]
     names = {variable.name for variable in given}
     outs = tuple(f"{out}/{index}" for index in range(len(sweep)))
-    program = (args.python, "-m", "mhc_megatron.launch.cli")
+    program = (args.python or sys.executable, "-m", "mhc_megatron.launch.cli")
     command = [*program, "train", "--recipe", args.recipe]
     if args.limits and args.no_preflight:
         raise UserError("--limits are of the preflight, and --no-preflight leaves it out")
@@ -187,6 +189,17 @@ def make_job(args: argparse.Namespace) -> Job:
         ),
         sweep_outs=outs,
     )
+
+
+def _mounts(
+    args: argparse.Namespace, configs: Sequence["TrainConfig"], out: str
+) -> tuple[str, ...]:
+    if args.container is None:
+        return tuple(args.mounts)
+    needed = run_folders(configs, out, in_tasks=bool(args.sweep))
+    # A Python that is named is the image's.
+    needed += [] if args.python else code_folders(args.recipe)
+    return container_mounts(args.mounts, needed)
 
 
 def _with(config: "TrainConfig", overrides: Sequence[str]) -> "TrainConfig":

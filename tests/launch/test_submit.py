@@ -1,6 +1,8 @@
 """Jobs for SLURM: where ranks go, the script to the letter, and what is refused before sbatch."""
 
+import shlex
 import subprocess
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.launch.cli import main
 from mhc_megatron.launch.slurm import cluster, submit
 from mhc_megatron.launch.slurm.job import Job, Site
+from mhc_megatron.launch.slurm.mounts import code_folders, container_mounts
 from mhc_megatron.launch.slurm.placement import grid, place
 from mhc_megatron.launch.slurm.script import render_sbatch
 from mhc_megatron.launch.slurm.variables import variables
@@ -88,7 +91,7 @@ def test_a_group_may_cross_nodes_if_it_is_allowed() -> None:
             "two_nodes",
             "--set parallel.tensor=2 parallel.data=8 global_batch_size=64 --out /runs/big "
             "--partition h100 --account lab --qos high --time 1-12:00:00 --cores 12 "
-            "--exclude n[3-4] n7 --modules cuda/12.9 --container /images/mhc.sqsh "
+            "--exclude n[3-4] n7 --modules cuda/12.9 --container site#lab/mhc:1.2 "
             "--mounts /data:/data --env NCCL_DEBUG=INFO",
         ),
         ("sweep_on_cpus", "--sweep seed=1,2 --out /runs/sweep --cpu --no-requeue --no-preflight"),
@@ -108,7 +111,7 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
     )  # fmt: skip
     shown = tmp_path / "shown.py"
     shown.write_text("import json, os, sys\nprint(json.dumps([sys.argv, os.environ['SECRET']]))\n")
-    script = render_sbatch(job).replace("/opt/python -m", f"{_python()} {shown} -m")
+    script = render_sbatch(job).replace("/opt/python -m", f"{sys.executable} {shown} -m")
     stubs = tmp_path / "bin"
     stubs.mkdir()
     for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "echo NodeAddr=here")):
@@ -126,12 +129,6 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
     assert f"data.tokenizer={HOSTILE}" in done.stdout.replace('\\"', '"').replace("\\\\", "\\")
 
 
-def _python() -> str:
-    import sys
-
-    return sys.executable
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -140,6 +137,13 @@ def _python() -> str:
         (["--account", "--wrap=id"], "--account='--wrap=id': only letters"),
         (["--modules", "a;b"], "--modules='a;b': only letters"),
         (["--out", "/runs/a b"], "--out='/runs/a b': only letters"),
+        (["--container", "$(id)"], "--container='$(id)' is no image of pyxis; name [USER@][REG"),
+        (["--container", "a b"], "--container='a b' is no image of pyxis"),
+        (["--container", "'a'"], "is no image of pyxis"),
+        (["--container", "a#b#c"], "--container='a#b#c' is no image of pyxis"),
+        (["--container", "images/mhc.sqsh"], "or the absolute path of a .sqsh file"),
+        (["--container", "/images/m hc.sqsh"], "--container='/images/m hc.sqsh': only letters"),
+        (["--mounts", "/data:/data"], "--mounts=/data:/data needs --container"),
         (["--time", "tomorrow"], "--time='tomorrow' is not SLURM's"),
         (["--cores", "0"], "--cores=0 must be at least 1"),
         (["--env", "A B=1"], "--env 'A B' is not the name of a variable"),
@@ -158,6 +162,64 @@ def test_bad_jobs_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         job_of(*joined)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "ubuntu",
+        "nvcr.io#nvidia/pytorch:25.06-py3",
+        "user@registry.site:5005#group/image:v1.0_a",
+        "docker://nvcr.io#nvidia/pytorch:25.06-py3",
+        "lab/mhc@sha256:0123456789abcdef",
+        "/images/mhc+cuda=12.9.sqsh",
+    ],
+)
+def test_images_of_pyxis_reach_srun_as_they_are(image: str) -> None:
+    script = render_sbatch(job_of("--container", image, "--out", "/runs/x"))
+    [command] = [line for line in script.splitlines() if line.endswith('"${command[@]}"')]
+    assert f"--container-image={image}" in shlex.split(command)
+
+
+def test_a_container_sees_the_run_its_data_and_the_code() -> None:
+    """Of this Python where none is named, which is then the image's."""
+    words = "--out /runs/x --container lab/mhc --set data.train=/data/a/train data.valid=/data/v"
+    assert job_of(*words.split()).site.mounts == ("/data:/data", "/runs/x:/runs/x")
+    data = "data.train=/data/a/train,/more/b/train data.valid=/data/a/valid"
+    sweep = job_of(*f"--out /runs/x --container lab/mhc --sweep {data}".split())
+    assert sweep.site.mounts == ("/data/a:/data/a", "/more/b:/more/b", "/runs/x:/runs/x")
+    # The embedded corpus is beside a run, and beside an array's runs in their folder.
+    assert job_of("--out", "/runs/x", "--container", "lab/mhc").site.mounts == ("/runs:/runs",)
+    seeds = job_of("--out", "/runs/x", "--container", "lab/mhc", "--sweep", "seed=1,2")
+    assert seeds.site.mounts == ("/runs/x:/runs/x",)
+    with pytest.raises(UserError, match=r"data\.train='c/train' must be absolute with --container"):
+        job_of("--container", "lab/mhc", "--set", "data.train=c/train", "data.valid=/c/valid")
+    with pytest.raises(UserError, match="'/' cannot be mounted into a container"):
+        job_of("--container", "lab/mhc", "--out", "/run")
+
+    code = code_folders("helpers.recipes:small")
+    assert str(Path(__file__).parents[1]) in code and sys.prefix in code
+    assert str(Path(__file__).parents[2]) in code
+    parser = ArgumentParser()
+    submit.add_arguments(parser)
+    job = submit.make_job(parser.parse_args(["--recipe", "gpt-100m", "--container", "lab/mhc"]))
+    sources = [mount.split(":")[0] for mount in job.site.mounts]
+    assert any(sys.prefix == source or sys.prefix.startswith(f"{source}/") for source in sources)
+
+
+def test_what_is_mounted_by_hand_comes_first_and_once() -> None:
+    given = ["/fast/runs:/runs", "/etc/a:/etc/a:ro"]
+    assert container_mounts(given, ["/runs", "/code/venv", "/code", "/codes"]) == (
+        *given, "/code:/code", "/codes:/codes",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="'/a,b' cannot be mounted into a container"):
+        container_mounts([], ["/a,b"])
+
+
+def test_a_percent_sign_of_a_folder_is_no_pattern_of_slurm() -> None:
+    script = render_sbatch(job_of("--out", "/runs/50%j", "--name", "half"))
+    assert "#SBATCH --output=/runs/50%%j/slurm/%j.log\n" in script
+    assert "out=/runs/50%j\n" in script
 
 
 class Slurm:

@@ -181,7 +181,8 @@ def test_a_run_that_fails_by_itself_is_not_queued_again(cluster: Cluster, tmp_pa
 def test_a_node_that_is_not_fit_is_left_out_and_another_trains(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    out, first, python = tmp_path / "run", tmp_path / "first", tmp_path / "python"
+    # A folder's name is no pattern of SLURM.
+    out, first, python = tmp_path / "run%j", tmp_path / "first", tmp_path / "python"
     # The node that gets the job first has lost its GPU.
     python.write_text(
         f"#!/bin/bash\n[ -e {first} ] || echo $SLURMD_NODENAME >{first}\nshift 2\n"
