@@ -26,18 +26,22 @@ def run_status(args: argparse.Namespace) -> int:
         jobs = _jobs(args.out)
         rows = cluster.queued(jobs)
         for row in rows:
-            print(f"job {row.task}: {row.state.lower()}, {row.elapsed}, {row.nodes}")
+            task = row.task.partition("_")[2]
+            run = f" ({args.out / task})" if task.isdecimal() else ""
+            print(f"job {row.task}{run}: {row.state.lower()}, {row.elapsed}, {row.nodes}")
         if not rows:
             print(f"no job of {args.out} waits or runs (queued so far: {', '.join(jobs)})")
-    for folder in [args.out, *sorted(args.out.glob("[0-9]*"))]:
-        line = _last_step(folder)
+    tasks = [path for path in args.out.glob("[0-9]*") if path.name.isdecimal()]
+    for folder in [args.out, *sorted(tasks, key=lambda path: int(path.name))]:
+        line, ranks = _last_step(folder), heartbeat.describe(folder, now=time.time())
         if line is not None:
             print(
                 f"{folder}: step {line['step']}, loss {line['loss']:.4f}, {line['step_ms']:.0f} ms"
             )
+        elif ranks:
+            print(f"{folder}: no step yet")
         for number, node, why in read_left_out(folder):
             print(f"{folder}: job {number} left out node {node}: {why}")
-        ranks = heartbeat.describe(folder, now=time.time())
         if ranks:
             print(ranks)
     return 0
@@ -52,17 +56,18 @@ def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
 def run_logs(args: argparse.Namespace) -> int:
     """Print the logs of the run's newest job; an array has one for each task."""
     job = _jobs(args.out)[-1]
-    logs = sorted((args.out / "slurm").glob(f"{job}*.log"))
+    folder = args.out / "slurm"
+    logs = [*folder.glob(f"{job}.log"), *sorted(folder.glob(f"{job}_*.log"))]
     if not logs:
-        raise UserError(
-            f"job {job} has no log yet in {args.out / 'slurm'}; see mhc-megatron status"
-        )
+        raise UserError(f"job {job} has no log yet in {folder}; see mhc-megatron status")
     read = dict.fromkeys(logs, 0)
     while True:
         for log in logs:
             with log.open(errors="replace") as file:
                 file.seek(read[log])
-                print(file.read(), end="", flush=True)
+                if (text := file.read()) and len(logs) > 1:
+                    print(f"==> {log.name} <==")
+                print(text, end="", flush=True)
                 read[log] = file.tell()
         if not args.follow:
             return 0

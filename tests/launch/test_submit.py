@@ -17,6 +17,7 @@ from mhc_megatron.launch.slurm.mounts import code_folders, container_mounts
 from mhc_megatron.launch.slurm.placement import grid, place
 from mhc_megatron.launch.slurm.script import render_sbatch
 from mhc_megatron.launch.slurm.variables import variables
+from mhc_megatron.training.heartbeat import Heartbeat, prepare_heartbeats
 from mhc_megatron.training.layout import ParallelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -311,8 +312,37 @@ def test_folders_that_were_never_submitted(tmp_path: Path, capsys: pytest.Captur
     assert main(["logs", str(tmp_path)]) == 2
     assert "job 7 has no log yet" in capsys.readouterr().err
     (tmp_path / "slurm" / "7.log").write_text("step 1\n")
+    (tmp_path / "slurm" / "70.log").write_text("of another run\n")
     assert main(["logs", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "step 1\n"
+
+
+def test_the_runs_of_an_array_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.txt").write_text("50\n")
+    for task in ("2", "10"):
+        out = tmp_path / task
+        prepare_heartbeats(out)
+        Heartbeat(out, rank=0).begin("reads data", step=1)
+        (tmp_path / "slurm" / f"50_{task}.log").write_text(f"task {task}\n")
+    (tmp_path / "10" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "step_ms": 5.0}\n')
+    rows = [cluster.Queued("50", "50_2", "RUNNING", "0:10", "n1")]
+    rows += [cluster.Queued("50", "50_[11]", "PENDING", "0:00", "(Resources)")]
+    monkeypatch.setattr(cluster, "queued", lambda jobs: rows)
+    assert main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        f"job 50_2 ({tmp_path}/2): running, 0:10, n1",
+        "job 50_[11]: pending, 0:00, (Resources)",
+        f"{tmp_path}/2: no step yet",
+    ]
+    assert lines[3].startswith("rank  node  step  doing") and lines[4].startswith("0 ")
+    assert lines[5] == f"{tmp_path}/10: step 1, loss 2.0000, 5 ms"
+    assert lines[6].startswith("rank  node") and len(lines) == 8
+    assert main(["logs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "==> 50_10.log <==\ntask 10\n==> 50_2.log <==\ntask 2\n"
 
 
 def test_every_variable_has_a_reason() -> None:
