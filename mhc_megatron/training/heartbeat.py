@@ -49,6 +49,9 @@ class Heartbeat:
         self._file = os.open(beat_file(folder, rank), os.O_WRONLY | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, self._file)
         self._beat = Beat(rank=rank, host=node_name()[:_LONGEST_NAME])
+        self._sent: dict[int, int] = {}
+        self._received: dict[int, int] = {}
+        self._leaving: int | None = None  # for whom a message is being sent
         self.begin("starts")
 
     def begin(self, doing: str, *, step: int | None = None, together: bool = False) -> None:
@@ -67,19 +70,31 @@ class Heartbeat:
         )
 
     def item(self, item: Action | Transfer | None) -> None:
-        """An item of a pipeline's program begins; None after the last (``execute``'s progress)."""
+        """An item of a pipeline's program begins; None after the last (``execute``'s progress).
+
+        Messages are counted over the run, as every step's are all sent and received: first in,
+        first out, so that their numbers say which have left.
+        """
+        if self._leaving is not None:
+            self._sent[self._leaving] = self._sent.get(self._leaving, 0) + 1
+            self._leaving = None
         if item is None:
             self.begin("end of the pipeline", together=True)
         elif not isinstance(item, Transfer):
             self._write(doing=str(item), waits_for=None)
         elif item.kind == "recv":
-            self._write(doing=str(item), waits_for=self.pipeline[item.peer])
+            peer = self.pipeline[item.peer]
+            self._received[peer] = self._received.get(peer, 0) + 1
+            self._write(doing=str(item), waits_for=peer, awaits=self._received[peer])
+        elif item.kind == "send":
+            self._leaving = self.pipeline[item.peer]
 
     def _write(
         self,
         *,
         doing: str,
         waits_for: int | Literal["all"] | None,
+        awaits: int = 0,
         phase: int | None = None,
         step: int | None = None,
     ) -> None:
@@ -88,6 +103,8 @@ class Heartbeat:
             before,
             doing=doing[:_LONGEST_NAME],
             waits_for=waits_for,
+            awaits=awaits,
+            sent=dict(self._sent),
             phase=before.phase if phase is None else phase,
             step=before.step if step is None else step,
             time=time.time(),

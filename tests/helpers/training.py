@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
+from mhc_megatron.pipeline.distributed import DistributedReceipt
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.loop import train
 from mhc_megatron.training.runtime import distributed_runtime
@@ -161,19 +162,31 @@ def die_in_a_step(rank: int, world_size: int, config: TrainConfig, dying: int) -
         trainer.step(1)
 
 
-def stall_in_a_step(rank: int, world_size: int, config: TrainConfig, stalling: int) -> None:
-    """Train; in its third forward of a micro-batch, rank ``stalling`` sleeps for good."""
-    forwards = 0
+def stall_in_a_step(
+    rank: int, world_size: int, config: TrainConfig, stalling: int, receiving: bool
+) -> None:
+    """Train; in its third forward of a micro-batch, rank ``stalling`` sleeps for good.
 
-    def stall(module: torch.nn.Module, arguments: object) -> None:
-        nonlocal forwards
-        forwards += isinstance(module, GPTModel)
-        if forwards == 3:
+    Or, if ``receiving``, before that: in the wait for what this forward needs.
+    """
+    begun = 0
+
+    def stall(waited: object, *arguments: object) -> None:
+        nonlocal begun
+        begun += isinstance(waited, DistributedReceipt if receiving else GPTModel)
+        if begun == 3:
             time.sleep(3600)
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(stall)
-    if rank != stalling:
-        hook.remove()
+    wait = DistributedReceipt.wait
+
+    def stalled_wait(receipt: DistributedReceipt) -> torch.Tensor:
+        stall(receipt)
+        return wait(receipt)
+
+    if rank == stalling and receiving:
+        DistributedReceipt.wait = stalled_wait  # type: ignore[method-assign]
+    elif rank == stalling:
+        torch.nn.modules.module.register_module_forward_pre_hook(stall)
     world = World(rank=rank, local_rank=rank, world_size=world_size)
     train(config, world, StopRequest(()))
 

@@ -18,7 +18,17 @@ from mhc_megatron.training.heartbeat import Heartbeat, prepare_heartbeats
 SECONDS = 6.0
 
 
-def test_a_stalled_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("receiving", "doing"),
+    [
+        pytest.param(False, "1F0", id="in an action"),
+        # Rank 0 has done its part: it is not for rank 0 that rank 1 waits.
+        pytest.param(True, "recv 0F0 from 0", id="in a receive", marks=pytest.mark.one_core),
+    ],
+)
+def test_a_stalled_rank_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], receiving: bool, doing: str
+) -> None:
     train, valid = training.corpus(tmp_path)
     config = TrainConfig(
         model=ModelConfig(
@@ -34,10 +44,11 @@ def test_a_stalled_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     out = Path(config.out)
     pool = WorkerPool(2)
-    failures = pool.failures(training.stall_in_a_step, 2, config, 1, expected=1)
+    failures = pool.failures(training.stall_in_a_step, 2, config, 1, receiving, expected=1)
     # Two micro-batches a step: the third forward of the last stage is the first of step 2.
+    left = ", which has left there," if receiving else ""
     named = (
-        r"HangError: stalled or gone: rank 1 \(\S+\) at 1F0 of step 2 for (\d+\.\d) s; "
+        rf"HangError: stalled or gone: rank 1 \(\S+\) at {doing}{left} of step 2 for (\d+\.\d) s; "
         r"rank 0 waits for it\n"
     )
     found = re.search(named, failures[0])
@@ -45,13 +56,13 @@ def test_a_stalled_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert SECONDS - 1 <= float(found[1]) < SECONDS + 20
     assert "ExecutionError: pipeline rank 0 failed at recv 1" in failures[0]
 
-    assert [beat.doing for beat in read_beats(out)][1] == "1F0"
+    assert [beat.doing for beat in read_beats(out)][1] == doing
     assert (out / "heartbeat" / "hang.txt").read_text().startswith("stalled or gone: rank 1 ")
     run = json.loads((out / "run.json").read_text())
     assert run["status"] == "failed" and "rank 1" in run["error"]
     assert main(["status", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^1 +\S+ +2 +1F0 +\d+\.\d s  -$", shown, re.MULTILINE), shown
+    assert re.search(rf"^1 +\S+ +2 +{doing} +\d+\.\d s  -$", shown, re.MULTILINE), shown
     assert re.search(r"^0 +\S+ +2 +recv 1[IB]0 from 1 +\d+\.\d s  1$", shown, re.MULTILINE), shown
 
 

@@ -1,5 +1,6 @@
 """Who is stalled and who waits for whom, from the ranks' last signs of life."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_the_stalled_rank_is_the_one_that_waits_for_nobody(
 def test_the_report_names_rank_action_time_and_who_waits() -> None:
     assert summary(CHAIN, now=100) == (
         "stalled or gone: rank 2 (n0) at 2B0 of step 2 for 12.5 s; ranks 0, 1, 3, 4, 5 wait for it"
+        ": 0 for 1 for 2"
     )
     assert table(CHAIN[:4], now=100).splitlines() == [
         "rank  node  step  doing                for     waits for rank",
@@ -72,6 +74,36 @@ def test_the_report_names_rank_action_time_and_who_waits() -> None:
         "1     n0    2     recv 2B0 from 2      10.0 s  2",
         "3     n0    2     end of the pipeline  10.0 s  0, 1, 2",
     ]
+
+
+def test_a_rank_that_stalls_in_a_receive_is_told_from_one_that_waits() -> None:
+    """Rank 1 needs the second message of rank 2, which has sent one; or two."""
+    first, last = beat(0, "recv 1B0 from 1", 1), beat(2, "recv 1F3 from 1", 1, time=85)
+    middle = dataclasses.replace(beat(1, "recv 2B1 from 2", 2), awaits=2)
+    one, two = (dataclasses.replace(last, sent={1: count, 3: 9}) for count in (1, 2))
+    assert summary([first, middle, one], now=100) == (
+        "ranks wait for each other in a circle, 1 for 2 for 1; longest silent: rank 2 (n0) at "
+        "recv 1F3 from 1 of step 2 for 15.0 s"
+    )
+    assert summary([first, middle, two], now=100) == (
+        "stalled or gone: rank 1 (n0) at recv 2B1 from 2, which has left there, of step 2 for "
+        "10.0 s; ranks 0, 2 wait for it"
+    )
+    assert table([first, middle, two], now=100).splitlines()[1].endswith("10.0 s  -")
+
+
+def test_a_circle_may_hold_a_rank_that_waits_for_all() -> None:
+    beats = [beat(0, "recv 1B0 from 1", 1), beat(1, "end of the pipeline", "all", phase=6, time=80)]
+    assert summary(beats, now=100).startswith(
+        "ranks wait for each other in a circle, 0 for 1 for 0; longest silent: rank 1 (n0) at end"
+    )
+
+
+def test_a_long_chain_is_cut_in_the_middle() -> None:
+    beats = [beat(rank, "recv", rank + 1) for rank in range(30)] + [beat(30, "30F0")]
+    assert summary(beats, now=100).endswith(
+        " wait for it: 0 for 1 for 2 for 3 for ... for 27 for 28 for 29 for 30"
+    )
 
 
 def test_a_beat_is_one_small_file_that_is_overwritten(tmp_path: Path) -> None:
@@ -85,7 +117,10 @@ def test_a_beat_is_one_small_file_that_is_overwritten(tmp_path: Path) -> None:
     writer.item(Compute(Op.F, 2, 2))
     writer.item(Transfer("send", Compute(Op.F, 2, 2), 1))  # does not wait
     [found] = read_beats(tmp_path)
-    assert (found.doing, found.waits_for) == ("2F2", None)
+    assert (found.doing, found.waits_for, found.sent) == ("2F2", None, {})
+    writer.item(Transfer("recv", Compute(Op.F, 1, 3), 1))
+    [found] = read_beats(tmp_path)
+    assert (found.waits_for, found.awaits, found.sent) == (7, 2, {7: 1})
     before = found.phase
     writer.item(None)
     [found] = read_beats(tmp_path)
