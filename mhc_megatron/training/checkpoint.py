@@ -24,6 +24,7 @@ from mhc_megatron.training.manifest import (
     CONFIG,
     checksum,
     list_checkpoints,
+    surplus,
     write_manifest,
     written_by,
 )
@@ -176,7 +177,7 @@ class Attempt:
             # One of a later step is damaged: the run did not resume from it, and will write it
             # again.
             older = [p for p in list_checkpoints(self.folder) if p.name <= self.final.name]
-            for old in older[: -self.config.keep_checkpoints]:
+            for old in surplus(older, keep=self.config.keep_checkpoints):
                 shutil.rmtree(old)
         torch.distributed.barrier()
         return self.final

@@ -139,7 +139,7 @@ class TrainConfig:
         eval_iters: validation steps of ``global_batch_size`` sequences each.
         save_interval: steps between checkpoints; 0 saves only at the end.
         async_save: write checkpoints in the background while training goes on.
-        keep_checkpoints: how many of the newest complete checkpoints stay on disk.
+        keep_checkpoints: how many of the newest whole checkpoints stay on disk.
         profile_step: this step, counted from 1, is recorded by torch's profiler on every rank, into
             ``out``/traces; 0 for none. Recording makes the step longer.
         timeout_minutes: until a process that does not answer the others is an error.

@@ -3,14 +3,16 @@
 Functions over a folder; ``checkpoint.py`` and ``verify.py`` share their work out to the ranks.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MANIFEST, CONFIG = "manifest.json", "train_config.json"
+_DAMAGED = "damaged"  # made once a checksum was wrong
 # SHA-256: the processors of GPU servers have instructions for it, with which it is more than twice
 # as fast as BLAKE2b, and sha256sum knows it.
 _READ_BYTES = 1 << 20
@@ -34,6 +36,37 @@ class Manifest:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first, whole or damaged since."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def mark(folder: Path, *, damaged: bool) -> None:
+    """Note beside a checkpoint's files that their checksums are not those saved, or no longer.
+
+    Retention reads the note, since it cannot hash all checkpoints whenever one is saved. Where it
+    cannot be written, a checkpoint counts by its sizes.
+    """
+    with contextlib.suppress(OSError):
+        if damaged:
+            (folder / _DAMAGED).touch()
+        else:
+            (folder / _DAMAGED).unlink(missing_ok=True)
+
+
+def surplus(checkpoints: Sequence[Path], *, keep: int) -> list[Path]:
+    """Which of ``checkpoints``, oldest first, may go so that the newest ``keep`` whole ones stay.
+
+    A damaged one does not count, and goes with those that are older than what stays.
+    """
+    whole = [path for path in checkpoints if _looks_whole(path)]
+    stays = set(whole[-keep:])
+    first = next((index for index, path in enumerate(checkpoints) if path in stays), 0)
+    return list(checkpoints[:first])
+
+
+def _looks_whole(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    if isinstance(manifest, str) or (folder / _DAMAGED).exists():
+        return False
+    return wrong_size(folder, manifest) is None
 
 
 def checksum(file: Path) -> str:

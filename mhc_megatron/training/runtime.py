@@ -65,6 +65,8 @@ def distributed_runtime(
             rank=world.rank,
             world_size=world.world_size,
             timeout=timedelta(minutes=config.timeout_minutes),
+            # A lone rank of srun has no address at which to meet itself.
+            store=torch.distributed.HashStore() if world.world_size == 1 else None,
             device_id=torch.device("cuda", world.local_rank) if backend == "nccl" else None,
         )
         stack.callback(torch.distributed.destroy_process_group)

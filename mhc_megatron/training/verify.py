@@ -15,6 +15,7 @@ from mhc_megatron.training.manifest import (
     CONFIG,
     Manifest,
     list_checkpoints,
+    mark,
     read_manifest,
     wrong_checksum,
     wrong_size,
@@ -43,6 +44,8 @@ def newest_good(folder: Path, config: TrainConfig) -> Path | None:
     damaged: list[str] = []
     for path in _agreed(lambda: list_checkpoints(folder)[::-1]):
         problem = _damage(path)
+        if torch.distributed.get_rank() == 0:
+            mark(path, damaged=problem is not None)
         if problem is not None:
             damaged.append(f"checkpoint {path} is damaged: {problem}")
             continue

@@ -245,10 +245,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     run(workers, config, 2, save=True)
     [whole, _] = workers.run(training.resumed_losses, 2, config, 3)
     old, new = sorted(Path(config.out, "checkpoints").iterdir())
-    for shard in sorted(new.glob("*.distcp"))[-1:]:
-        contents = bytearray(shard.read_bytes())
-        contents[len(contents) // 2] ^= 1
-        shard.write_bytes(contents)  # one bit, the size as it was
+    shard = flip_a_bit(new)
     [fallen_back, silent] = workers.run(training.resumed_losses, 2, config, 3)
     assert fallen_back.warnings == [
         f"checkpoint {new} is damaged: {shard.name} has other contents than were saved; "
@@ -270,6 +267,35 @@ def test_a_damaged_checkpoint_is_passed_over(
         f"is missing; checkpoint {old} is damaged: {shard.name} has 100 bytes instead of "
     )
     assert message.endswith("or remove these folders to start from step 0")
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(workers: WorkerPool, config: TrainConfig) -> None:
+    """The one before the damaged stays when the next is saved, and is there to go on from."""
+    assert config.keep_checkpoints == 2
+    folder = Path(config.out, "checkpoints")
+    run(workers, config, 1, save=True)
+    run(workers, config, 2, save=True)
+    flip_a_bit(newest(config))
+    run(workers, config, 3, save=True)
+    kept = [path.name for path in sorted(folder.iterdir())]
+    assert kept == ["step_00000001", "step_00000002", "step_00000003"]
+    flip_a_bit(newest(config))
+    [fallen_back] = workers.run(training.resumed_losses, 1, config, 4)
+    assert len(fallen_back.losses) == 3
+    assert fallen_back.warnings[0].endswith("; resuming from " + str(folder / kept[0]) + " instead")
+
+    run(workers, config, 4, save=True)
+    run(workers, config, 5, save=True)  # two whole ones: all before them go
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_00000004", "step_00000005"]
+
+
+def flip_a_bit(checkpoint: Path) -> Path:
+    """Damage a shard, which keeps its size."""
+    shard = max(checkpoint.glob("*.distcp"))
+    contents = bytearray(shard.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    shard.write_bytes(contents)
+    return shard
 
 
 def test_a_checkpoint_without_checksums_is_loaded(workers: WorkerPool, config: TrainConfig) -> None:
