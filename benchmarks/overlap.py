@@ -74,6 +74,7 @@ class OneLane(Lanes):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._streams = dict.fromkeys(self._streams, self.compute)
+        self._between = self.compute  # or what a step of the backward begins with is not timed
 
 
 class TimedTurns(Turns):
