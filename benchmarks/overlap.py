@@ -382,7 +382,8 @@ def measure(
     layouts.randomise([stage.chunk], seed=1)
     let_exchange(stage.chunk, exchange_of(args.gigabytes_per_second, device))
     lanes = Lanes(device)
-    costs = {mode: phase_costs(stage, mode, device, args.repetitions, launch) for mode in MODES[1:]}
+    modes = [mode for mode in MODES if mode == "none" or mode in args.modes]
+    costs = {mode: phase_costs(stage, mode, device, args.repetitions, launch) for mode in modes[1:]}
     common = {
         "benchmark": "overlap",
         "launch": launch,
@@ -410,7 +411,7 @@ def measure(
     expected = bits_of(stage, Pair(stage, "none", lanes))
     alone = 0.0
     # Eager pairs take turns; each graph has memory of its own, and is alone.
-    for group in [(mode,) for mode in MODES] if launch == "graph" else [MODES]:
+    for group in [[mode] for mode in modes] if launch == "graph" else [modes]:
         pairs = {mode: pair_of(mode) for mode in group}
         times: dict[OverlapMode, list[float]] = {mode: [] for mode in group}
         for repetition in range(args.repetitions + WARM_UP):
@@ -505,6 +506,9 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, help="of the stage (default: the model's)")
     parser.add_argument(
         "--sequences", type=int, default=1, help="of a micro-batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), choices=MODES, help="beside none (default: all)"
     )
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument(

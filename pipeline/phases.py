@@ -58,9 +58,8 @@ def stage_phases(
 
     Args:
         is_moe: of each of its layers, whether its MLP is one of experts.
-        mode: with ``post`` and ``all``, what follows a branch, F_post,res, is on the priority
-            lane: an MLP's as in the paper, and an attention's, whose gradients then pass to it
-            within a lane.
+        mode: with ``post`` and ``all``, what follows an MLP or its experts, F_post,res, is on the
+            priority lane, as in the paper; the attention's stays on the compute lane.
         block_ends: the last sublayer of each recompute block, from 0 in the stage.
         loss: the stage has the final norm and the loss.
     """
@@ -69,7 +68,7 @@ def stage_phases(
     for layer, moe in enumerate(is_moe):
         phases += [
             Phase("attention", layer=layer),
-            Phase("attention_post", posts, layer, begins_block=2 * layer in block_ends),
+            Phase("attention_post", layer=layer, begins_block=2 * layer in block_ends),
             *(
                 Phase(name, Lane.COMMUNICATION if name in _COMMUNICATION else Lane.COMPUTE, layer)
                 for name in (MOE_PHASES if moe else ("mlp",))
