@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 from mhc_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from mhc_megatron.pipeline.costs import Costs
     from mhc_megatron.pipeline.forecast import Forecast
-    from mhc_megatron.pipeline.memory import StageSize
-    from mhc_megatron.pipeline.schedule import Schedule
     from mhc_megatron.pipeline.timeline import Timeline
 
 _DESCRIPTION = """\
@@ -119,24 +116,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate, print the table, and write the files; returns the exit status.
 
+    Of a deadlock every stuck rank is printed, with its action and what that waits for.
+
     Raises:
         UserError: the arguments, the cost file or the schedule have to change.
     """
-    from mhc_megatron.pipeline.errors import ScheduleError
+    from mhc_megatron.launch.simulate_inputs import costs_of, pair_of, schedule_of
+    from mhc_megatron.pipeline.errors import Deadlock, ScheduleError
     from mhc_megatron.pipeline.recompute import place_recompute
     from mhc_megatron.pipeline.simulate import simulate
-    from mhc_megatron.pipeline.validate import validate
     from mhc_megatron.report.lanes import format_lanes
     from mhc_megatron.report.simulation import format_simulation
 
     try:
-        schedule = _schedule(args)
-        validate(schedule)
-        pair = _pair(args, schedule)
+        schedule = schedule_of(args)
+        pair = pair_of(args, schedule)
         if args.place_recompute:
             ahead = args.overlap in ("recompute", "all")
             schedule = place_recompute(schedule, in_overlaps=not ahead)
-        timeline = simulate(schedule, _costs(args, schedule, pair))
+        timeline = simulate(schedule, costs_of(args, schedule, pair))
+    except Deadlock as error:
+        print(error.report())
+        raise UserError(f"{error}; move what is waited for forward on its rank") from error
     except ScheduleError as error:
         raise UserError(str(error)) from error
     print(format_simulation(timeline))
@@ -145,141 +146,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _write(timeline, Path(args.out), pair)
     return 0
-
-
-def _pair(args: argparse.Namespace, schedule: "Schedule") -> "Forecast | None":
-    """What an Overlap comes to; None without ``--overlap``."""
-    from mhc_megatron.pipeline.actions import Overlap
-    from mhc_megatron.pipeline.blocks import best_block, check_block, recompute_plan
-    from mhc_megatron.pipeline.errors import ScheduleError
-    from mhc_megatron.pipeline.forecast import forecast, phase_costs_from_json
-    from mhc_megatron.pipeline.interleave import ESTIMATED_COSTS
-    from mhc_megatron.pipeline.phases import stage_phases
-
-    if args.overlap is None:
-        if args.phase_costs is not None or args.experts:
-            raise UserError(
-                "--phase-costs and --experts describe --overlap; give it, or leave both"
-            )
-        return None
-    if not any(isinstance(action, Overlap) for row in schedule.ranks for action in row):
-        raise UserError(
-            f"--overlap {args.overlap}: {schedule.name} pairs no forward with a backward; "
-            "use dualpipe_v or dualpipe"
-        )
-    layers = _layers_per_stage(args, schedule)
-    block = args.recompute_block
-    if args.overlap == "post":
-        block = 0
-    elif block is None:
-        block = best_block(num_sublayers=2 * layers, num_streams=args.streams or 4)
-    elif block < 1:
-        raise UserError(
-            f"--overlap {args.overlap} with --recompute-block {block} has nothing to rebuild; "
-            "use --overlap post"
-        )
-    check_block(block, num_sublayers=2 * layers)
-    plan = recompute_plan(num_sublayers=2 * layers, block=block)
-    phases = stage_phases(
-        [args.experts] * layers,
-        args.overlap,
-        block_ends={rebuilt.stop - 1 for rebuilt in plan},
-        loss=False,
-    )
-    costs = ESTIMATED_COSTS
-    if args.phase_costs is not None:
-        try:
-            costs = phase_costs_from_json(_read(args.phase_costs))
-        except ScheduleError as error:
-            raise ScheduleError(f"{args.phase_costs}: {error}") from None
-    return forecast(phases, costs, rebuild=args.overlap != "post")
-
-
-def _schedule(args: argparse.Namespace) -> "Schedule":
-    from mhc_megatron.pipeline.catalogue import CATALOGUE, generate
-    from mhc_megatron.pipeline.text import from_csv
-
-    numbers = {"--ranks": args.ranks, "--micro-batches": args.micro_batches}
-    if args.csv is not None:
-        others = {"--schedule": args.schedule, **numbers, "--chunks": args.chunks}
-        for name, value in others.items():
-            if value is not None:
-                raise UserError(
-                    f"{name} {value} is for a generated schedule; leave it or --csv out"
-                )
-        return from_csv(_read(args.csv), name=Path(args.csv).stem)
-    if args.schedule is None:
-        raise UserError(
-            "nothing to simulate; give --csv FILE, or --schedule with one of "
-            f"{', '.join(CATALOGUE)}"
-        )
-    for name, value in numbers.items():
-        if value is None:
-            raise UserError(f"--schedule {args.schedule} needs {name}")
-    return generate(
-        args.schedule,
-        num_ranks=args.ranks,
-        num_mb=args.micro_batches,
-        num_chunks=args.chunks,
-    )
-
-
-def _costs(args: argparse.Namespace, schedule: "Schedule", pair: "Forecast | None") -> "Costs":
-    """What the sizes and phases say, changed by the cost file."""
-    from mhc_megatron.pipeline.costs import Costs, StageCosts, costs_from_json
-    from mhc_megatron.pipeline.errors import ScheduleError
-
-    stage = StageCosts() if pair is None else pair.stage_costs()
-    costs = Costs(default=stage)
-    size = _size(args, schedule)
-    if size is not None:
-        costs = Costs(default=size.costs(stage), message_bytes=size.message_bytes)
-    if args.costs is None:
-        return costs
-    try:
-        return costs_from_json(_read(args.costs), costs)
-    except ScheduleError as error:
-        raise ScheduleError(f"{args.costs}: {error}") from None
-
-
-def _size(args: argparse.Namespace, schedule: "Schedule") -> "StageSize | None":
-    from mhc_megatron.pipeline.memory import StageSize
-
-    given = {
-        "streams": args.streams,
-        "micro_batch_size": args.micro_batch_size,
-        "num_layers": args.layers,
-        "recompute_block": args.recompute_block,
-        "fp8_messages": None if args.messages is None else args.messages == "fp8",
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.hidden is None or args.seq is None:
-        if args.overlap is not None and args.hidden is None and args.seq is None:
-            return None  # layers and blocks are those of its phases
-        if given or args.hidden is not None or args.seq is not None:
-            raise UserError("bytes need both --hidden and --seq; give them, or none of the sizes")
-        return None
-    given["num_layers"] = _layers_per_stage(args, schedule)
-    return StageSize(hidden=args.hidden, seq=args.seq, **given)
-
-
-def _layers_per_stage(args: argparse.Namespace, schedule: "Schedule") -> int:
-    if args.layers is None:
-        return 1
-    if args.layers < 1 or args.layers % schedule.num_stages:
-        raise UserError(
-            f"--layers {args.layers} is not a multiple of the {schedule.num_stages} stages; "
-            "change it, or give the bytes of each stage in --costs"
-        )
-    return int(args.layers) // schedule.num_stages
-
-
-def _read(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{name}: {reason}; name a readable text file") from error
 
 
 def _write(timeline: "Timeline", folder: Path, pair: "Forecast | None") -> None:

@@ -1,23 +1,30 @@
 """How long every operation and message takes, and how many bytes a micro-batch holds."""
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mhc_megatron.pipeline.errors import ScheduleError
+from mhc_megatron.pipeline.json_text import LARGEST, at, check_number, fields, parse
 
 Number = int | float
 
+_MOST_BANDWIDTH = 10**18
 
-# Sums over a step of millions of actions stay exact in 64 bits.
-_LARGEST = 10**12
+# What a stage cannot do in no time, and what to write instead of 0.
+_TAKES_TIME = {
+    "forward": "write the time that it takes",
+    "dgrad": "write the time that it takes",
+    "backward": "leave it out for dgrad + wgrad",
+    "overlap": "leave it out for the forward and the backward one after the other",
+}
 
 
 def _check(name: str, value: Number | None) -> None:
-    if value is not None and not 0 <= value <= _LARGEST:
-        raise ScheduleError(f"{name}={value} must be between 0 and {_LARGEST:.0e}; change the unit")
+    if value is not None and not 0 <= value <= LARGEST:
+        raise ScheduleError(f"{name}={value} must be between 0 and {LARGEST:.0e}; change the unit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +105,8 @@ class Costs:
         unit: name of the unit of time: ``us``, ``ms``, ``s``, or empty for none.
 
     Raises:
-        ScheduleError: a number is negative or above 1e12, or the bandwidth not above 0.
+        ScheduleError: a number is negative or above 1e12, or the bandwidth not above 0, or so low
+            that a message takes more than 1e12.
     """
 
     default: StageCosts = StageCosts()
@@ -114,6 +122,11 @@ class Costs:
         if self.bandwidth is not None and not self.bandwidth > 0:
             raise ScheduleError(
                 f"bandwidth={self.bandwidth} must be above 0; leave it out for no limit"
+            )
+        if not self.message_time <= LARGEST:
+            raise ScheduleError(
+                f"a message of message_bytes={self.message_bytes} at bandwidth={self.bandwidth} "
+                f"takes more than {LARGEST:.0e}; bandwidth is in bytes per unit of time"
             )
         if self.unit not in ("", "us", "ms", "s"):
             raise ScheduleError(f"unit={self.unit!r} is not one of us, ms, s, or empty")
@@ -140,7 +153,10 @@ class Costs:
                     f"name 0 to {num_stages - 1}, or -1 for the last"
                 )
             if stage % num_stages in named:
-                raise ScheduleError(f"costs for stage {stage % num_stages} are given twice")
+                raise ScheduleError(
+                    f"costs for stage {stage % num_stages} are given twice, also as "
+                    f"{stage % num_stages - num_stages}; keep one"
+                )
             named.add(stage % num_stages)
             result[stage] = costs
         return result
@@ -154,51 +170,43 @@ def costs_from_json(text: str, base: Costs | None = None) -> Costs:
     is left out from ``base``.
 
     Raises:
-        ScheduleError: no such field, a value of the wrong kind or out of range, or no JSON.
+        ScheduleError: no such field, one twice, a value of the wrong kind or out of range, no time
+            for what takes time (a forward, a backward, an overlap), or no JSON.
     """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"not JSON: {error}") from None
     base = Costs() if base is None else base
-    given = _fields(Costs, data, "the file")
+    given = fields(parse(text), _names(Costs))
     default = _stage(given.pop("default", {}), base.default, "default")
     stages = dict(base.stages)
-    named = given.pop("stages", {})
-    for key, value in (named if isinstance(named, dict) else {str(named): {}}).items():
-        try:
-            stage = int(key)
-        except ValueError:
+    named: dict[int, str] = {}
+    for key, value in fields(given.pop("stages", {}), None, "stages").items():
+        if not re.fullmatch("-?[0-9]{1,9}", key):
             raise ScheduleError(
                 f"stages: {key!r} is not a stage number; write an object such as "
                 '{"0": {"forward": 2}, "-1": {"forward": 3}}'
-            ) from None
+            )
+        stage = int(key)
+        if stage in named:
+            raise ScheduleError(f"stages: {named[stage]!r} and {key!r} are one stage; keep one")
+        named[stage] = key
         stages[stage] = _stage(value, default, f"stages.{key}")
     for name, value in given.items():
-        if name != "unit":
-            _number(name, value)
+        if name == "bandwidth":
+            check_number(name, value, zero="leave it out for no limit", most=_MOST_BANDWIDTH)
+        elif name != "unit":
+            check_number(name, value, whole=name == "message_bytes")
     return dataclasses.replace(base, default=default, stages=stages, **given)
 
 
-def _stage(data: Any, base: StageCosts, where: str) -> StageCosts:
-    given = _fields(StageCosts, data, where)
-    for name, value in given.items():
-        _number(f"{where}.{name}", value)
-    return dataclasses.replace(base, **given)
+def _stage(value: Any, base: StageCosts, where: str) -> StageCosts:
+    given = fields(value, _names(StageCosts), where)
+    for name, number in given.items():
+        whole = name.endswith("_bytes")
+        check_number(at(where, name), number, whole=whole, zero=_TAKES_TIME.get(name))
+    try:
+        return dataclasses.replace(base, **given)
+    except ScheduleError as error:
+        raise ScheduleError(f"{where}: {error}") from None
 
 
-def _fields(kind: type, data: Any, where: str) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(kind)]
-    if not isinstance(data, dict):
-        raise ScheduleError(f"{where}: {data!r} is not an object with {', '.join(names)}")
-    for name in data:
-        if name not in names:
-            raise ScheduleError(f"{where}: unknown field {name!r}; known: {', '.join(names)}")
-    return dict(data)
-
-
-def _number(name: str, value: Any) -> None:
-    """None is refused as well: in a file, what is not known is left out."""
-    whole = name.endswith("_bytes")
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise ScheduleError(f"{name}={value!r} is not a {'whole ' if whole else ''}number")
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

@@ -1,11 +1,9 @@
 """What an Overlap of two stages comes to: its length, and what of each lane is exposed."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mhc_megatron.pipeline.costs import StageCosts
-from mhc_megatron.pipeline.errors import ScheduleError
 from mhc_megatron.pipeline.interleave import (
     ESTIMATED_COSTS,
     PhaseCost,
@@ -15,6 +13,7 @@ from mhc_megatron.pipeline.interleave import (
     simulate_lanes,
 )
 from mhc_megatron.pipeline.intervals import intersection, length, union
+from mhc_megatron.pipeline.json_text import at, check_number, fields, parse
 from mhc_megatron.pipeline.phases import Lane, Phase
 
 _FIELDS = tuple(PhaseCost.__slots__)
@@ -119,22 +118,12 @@ def phase_costs_from_json(text: str) -> dict[str, PhaseCost]:
     What is left out of a phase is 0; phases that are left out have no cost.
 
     Raises:
-        ScheduleError: no JSON, no such phase or field, or not a number from 0 on.
+        ScheduleError: no JSON, no such phase or field, one twice, or not a number from 0 on.
     """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ScheduleError(f"{data!r} is not an object with phases as names")
     result = {}
-    for name, given in data.items():
-        if name not in ESTIMATED_COSTS:
-            raise ScheduleError(f"unknown phase {name!r}; known: {', '.join(ESTIMATED_COSTS)}")
-        if not isinstance(given, dict) or not set(given) <= set(_FIELDS):
-            raise ScheduleError(f"{name}: {given!r} is not an object with {', '.join(_FIELDS)}")
-        for field, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ScheduleError(f"{name}.{field}={value!r} is not a number")
+    for name, value in fields(parse(text), tuple(ESTIMATED_COSTS)).items():
+        given = fields(value, _FIELDS, name)
+        for field, number in given.items():
+            check_number(at(name, field), number)
         result[name] = PhaseCost(**{**dict.fromkeys(_FIELDS, 0.0), **given})
     return result

@@ -81,7 +81,7 @@ class _Lanes:
         name = self._rows[step.op][step.phase].name
         if name not in self._costs:
             raise ScheduleError(
-                f"no cost for the phase {name!r}; known: {', '.join(sorted(self._costs))}"
+                f"no cost for the phase {name!r}; add one to {', '.join(sorted(self._costs))}"
             )
         cost = self._costs[name]
         return {"F": cost.forward, "B": cost.dgrad, "W": cost.wgrad, "R": cost.rebuild}[step.op]

@@ -5,7 +5,7 @@ import numpy as np
 from mhc_megatron.pipeline.actions import Compute, Op
 from mhc_megatron.pipeline.costs import Costs
 from mhc_megatron.pipeline.dataflow import NEEDS, Table
-from mhc_megatron.pipeline.errors import ScheduleError
+from mhc_megatron.pipeline.errors import InvalidSchedule, ScheduleError
 from mhc_megatron.pipeline.rows import compute_of
 from mhc_megatron.pipeline.schedule import Schedule
 from mhc_megatron.pipeline.simulate import run
@@ -19,7 +19,8 @@ def validate(schedule: Schedule) -> None:
     of weight gradients are first in, first out). All ranks together reach the end.
 
     Raises:
-        ScheduleError: the first violation, with its rank and action.
+        InvalidSchedule: the first violation, with its rank and action.
+        ScheduleError: not a row for each rank.
         Deadlock: the ranks wait for each other.
     """
     if len(schedule.ranks) != schedule.num_ranks:
@@ -28,6 +29,7 @@ def validate(schedule: Schedule) -> None:
         )
     table = Table(schedule)
     _check_range(table)
+    _check_forwards(table)  # before anything is made for every (stage, micro-batch)
     ranks = _expected_ranks(schedule)
     _check_place(table, ranks)
     _check_once(table)
@@ -44,8 +46,22 @@ def _check_range(table: Table) -> None:
         raise _at(
             table,
             index,
-            f"is outside the {schedule.num_stages} stages and {schedule.num_mb} micro-batches",
+            f"is outside the {schedule.num_stages} stages and {schedule.num_mb} micro-batches; "
+            "leave it out",
         )
+
+
+def _check_forwards(table: Table) -> None:
+    """Whether there is an F of every (stage, micro-batch): what is left out may be most of them."""
+    schedule = table.schedule
+    found = np.unique(table.keys()[table.is_op(Op.F)])
+    if len(found) == schedule.num_stages * schedule.num_mb:
+        return
+    gaps = np.flatnonzero(found != np.arange(len(found)))
+    key = int(gaps[0]) if len(gaps) else len(found)
+    stage, mb = divmod(key, schedule.num_mb)
+    rank = schedule.placement.rank_of(stage, mb)
+    raise InvalidSchedule(schedule.name, rank, Compute(Op.F, stage, mb), "is missing; add it")
 
 
 def _expected_ranks(schedule: Schedule) -> np.ndarray:
@@ -61,7 +77,7 @@ def _expected_ranks(schedule: Schedule) -> np.ndarray:
 def _check_place(table: Table, ranks: np.ndarray) -> None:
     right = ranks[table.keys()]
     for index in np.flatnonzero(right != table.ranks)[:1].tolist():
-        raise _at(table, index, f"belongs on rank {right[index]}")
+        raise _at(table, index, f"belongs on rank {right[index]}; move it there")
 
 
 def _check_once(table: Table) -> None:
@@ -69,23 +85,23 @@ def _check_once(table: Table) -> None:
         found = np.flatnonzero(table.is_op(op))
         again = found[table.made_by(op)[table.keys()[found]] != found]
         for index in again[:1].tolist():
-            raise _at(table, index, "appears twice")
+            raise _at(table, index, "appears twice; keep one")
 
 
 def _check_complete(table: Table, ranks: np.ndarray) -> None:
-    there = {op: table.made_by(op) >= 0 for op in Op}
+    there = {op: table.made_by(op) >= 0 for op in (Op.B, Op.I, Op.W)}
+    both = "is there beside the whole backward B; keep B, or I and W"
     problems = (
-        (Op.F, ~there[Op.F], "is missing"),
-        (Op.W, there[Op.B] & there[Op.W], "is there beside the whole backward B"),
-        (Op.I, there[Op.B] & there[Op.I], "is there beside the whole backward B"),
-        (Op.W, there[Op.I] & ~there[Op.W], "is missing: the backward is split, I without W"),
-        (Op.I, there[Op.W] & ~there[Op.I], "is missing: the backward is split, W without I"),
-        (Op.B, ~there[Op.B] & ~there[Op.I], "is missing, and so are I and W"),
+        (Op.W, there[Op.B] & there[Op.W], both),
+        (Op.I, there[Op.B] & there[Op.I], both),
+        (Op.W, there[Op.I] & ~there[Op.W], "is missing beside I; add it, or make I a whole B"),
+        (Op.I, there[Op.W] & ~there[Op.I], "is missing beside W; add it, or make W a whole B"),
+        (Op.B, ~there[Op.B] & ~there[Op.I], "is missing, and so are I and W; add B, or I and W"),
     )
     for op, wrong, problem in problems:
         for key in np.flatnonzero(wrong)[:1].tolist():
             compute = Compute(op, *divmod(key, table.schedule.num_mb))
-            raise ScheduleError(f"{table.schedule.name}: rank {ranks[key]}: {compute} {problem}")
+            raise InvalidSchedule(table.schedule.name, int(ranks[key]), compute, problem)
 
 
 def _check_local_order(table: Table) -> None:
@@ -99,7 +115,11 @@ def _check_local_order(table: Table) -> None:
                 early = (made >= 0) & (table.action_of[made] >= table.action_of[users])
                 for index in np.flatnonzero(early)[:1].tolist():
                     first = compute_of(int(table.codes[made[index]]))
-                    raise _at(table, int(users[index]), f"comes before {first}, which it needs")
+                    raise _at(
+                        table,
+                        int(users[index]),
+                        f"comes before {first}, which it needs; move it behind",
+                    )
 
 
 def _check_weight_order(table: Table) -> None:
@@ -122,6 +142,6 @@ def _check_weight_order(table: Table) -> None:
         )
 
 
-def _at(table: Table, index: int, problem: str) -> ScheduleError:
+def _at(table: Table, index: int, problem: str) -> InvalidSchedule:
     compute = compute_of(int(table.codes[index]))
-    return ScheduleError(f"{table.schedule.name}: rank {table.ranks[index]}: {compute} {problem}")
+    return InvalidSchedule(table.schedule.name, int(table.ranks[index]), compute, problem)

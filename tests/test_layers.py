@@ -54,6 +54,7 @@ _PURE = (
     "mhc_megatron.launch.plan",
     "mhc_megatron.launch.preflight",
     "mhc_megatron.launch.simulate",
+    "mhc_megatron.launch.simulate_inputs",
     "mhc_megatron.launch.slurm.cluster",
     "mhc_megatron.launch.slurm.job",
     "mhc_megatron.launch.slurm.jobs",

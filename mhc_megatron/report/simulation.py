@@ -10,6 +10,10 @@ from mhc_megatron.report import page
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _HEADER = ("rank", "stages", "busy", "bubble", "bubble %", "peak live", "peak activations")
+_NO_BYTES = (
+    "- : no bytes are known; --hidden and --seq give them, or held_bytes and rebuilt_bytes of the "
+    "stages in --costs"
+)
 _LONGEST = 24  # rows of a table in the terminal
 _HEAD, _TAIL = 16, 4
 
@@ -72,7 +76,8 @@ def format_simulation(timeline: Timeline) -> str:
         left_out = len(rows) - 1 - _HEAD - _TAIL
         gap = (f"... {left_out:,} more", *("",) * (len(_HEADER) - 1))
         rows = [*rows[: _HEAD + 1], gap, *rows[-_TAIL:]]
-    return "\n".join([*lines, "", *columns(rows)])
+    note = [] if timeline.peak_bytes.any() else ["", _NO_BYTES]
+    return "\n".join([*lines, "", *columns(rows), *note])
 
 
 def simulation_page(timeline: Timeline, svg: str) -> str:
@@ -104,6 +109,7 @@ def simulation_page(timeline: Timeline, svg: str) -> str:
                     "Peak live: the most (stage, micro-batch) pairs whose activations are there "
                     "at once, each from its forward to the end of its weight gradient."
                 ),
+                *([] if timeline.peak_bytes.any() else [page.paragraph(_NO_BYTES)]),
                 page.numbers(header, rows, colours=["transparent"] * len(rows)),
             ),
         ],

@@ -36,27 +36,57 @@ def test_costs_from_json() -> None:
         ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
         ("[1]", f"the file: [1] is not an object with {_FIELDS}"),
         ('{"forward": 1}', f"the file: unknown field 'forward'; known: {_FIELDS}"),
-        ('{"latency": -1}', "latency=-1 must be between 0 and 1e+12; change the unit"),
-        ('{"latency": "1"}', "latency='1' is not a number"),
-        ('{"latency": NaN}', "latency=nan must be between 0 and 1e+12; change the unit"),
+        ('{"latncy": 1}', "the file: unknown field 'latncy'; did you mean 'latency'? "
+         f"known: {_FIELDS}"),
+        ('{"latency": 1, "latency": 1}', "latency is given twice; keep one of them"),
+        ('{"stages": {"0": {"forward": 1, "dgrad": 2, "forward": 3}}}',
+         "stages.0.forward is given twice; keep one of them"),
+        ('{"stages": {"1": {}, "1": {}}}', "stages.1 is given twice; keep one of them"),
+        ('{"stages": {"1": {}, "01": {}}}', "stages: '1' and '01' are one stage; keep one"),
+        ('{"latency": -1}', "latency=-1 must be at least 0; write a measured value"),
+        ('{"latency": "1"}', 'latency="1" is not a number; write one such as 2.5, or leave it '
+         "out"),
+        ('{"latency": NaN}', "latency=NaN must be at least 0; write a measured value"),
         ('{"bandwidth": 0}', "bandwidth=0 must be above 0; leave it out for no limit"),
-        ('{"message_bytes": 1.5}', "message_bytes=1.5 is not a whole number"),
+        ('{"latency": null}', "latency=null is not a number; write one such as 2.5, or leave it "
+         "out"),
+        (f'{{"latency": {"9" * 5000}}}', "latency=Infinity is above 1e+12; change the unit"),
+        ('{"latency": Infinity}', "latency=Infinity is above 1e+12; change the unit"),
+        ('{"bandwidth": Infinity}', "bandwidth=Infinity is above 1e+18; change the unit"),
+        ('{"bandwidth": 1e-9, "message_bytes": 8192}', "a message of message_bytes=8192 at "
+         "bandwidth=1e-09 takes more than 1e+12; bandwidth is in bytes per unit of time"),
+        ('{"message_bytes": 1.5}', "message_bytes=1.5 is not a whole number; write one such as "
+         "4096, or leave it out"),
+        ('{"default": {"held_bytes": 1000000000001}}',
+         "default.held_bytes=1000000000001 is above 1e+12; give the bytes of one micro-batch"),
+        ('{"default": {"overlap": 0}}', "default.overlap=0 must be above 0; leave it out for the "
+         "forward and the backward one after the other"),
+        ('{"stages": {"-1": {"backward": 0.0}}}', "stages.-1.backward=0.0 must be above 0; leave "
+         "it out for dgrad + wgrad"),
+        ('{"default": {"forward": 0}}', "default.forward=0 must be above 0; write the time that "
+         "it takes"),
+        ('{"default": {"dgrad": -2}}', "default.dgrad=-2 must be above 0; write a measured value"),
         ('{"unit": "h"}', "unit='h' is not one of us, ms, s, or empty"),
-        ('{"default": {"wgrad": true}}', "default.wgrad=True is not a number"),
+        ('{"default": {"wgrad": true}}', "default.wgrad=true is not a number; write one such as "
+         "2.5, or leave it out"),
         ('{"stages": {"x": {}}}', "stages: 'x' is not a stage number; write an object such as "
          '{"0": {"forward": 2}, "-1": {"forward": 3}}'),
-        ('{"stages": [1]}', "stages: '[1]' is not a stage number; write an object such as "
-         '{"0": {"forward": 2}, "-1": {"forward": 3}}'),
+        ('{"stages": [1]}', 'stages: [1] is not an object such as {"0": {...}}'),
         ('{"default": {"held_bytes": 1, "wgrad_bytes": 2}}',
-         "wgrad_bytes=2 is a part of held_bytes=1 and cannot be larger"),
+         "default: wgrad_bytes=2 is a part of held_bytes=1 and cannot be larger"),
         ('{"default": {"rebuilt_bytes": 3, "wgrad_rebuilt_bytes": 4}}',
-         "wgrad_rebuilt_bytes=4 is a part of split_rebuilt_bytes=3 and cannot be larger"),
+         "default: wgrad_rebuilt_bytes=4 is a part of split_rebuilt_bytes=3 and cannot be larger"),
     ],
 )  # fmt: skip
 def test_wrong_costs(text: str, message: str) -> None:
     with pytest.raises(ScheduleError) as caught:
         costs_from_json(text)
     assert str(caught.value) == message
+
+
+def test_what_takes_no_time_is_fine_where_it_can_be_none() -> None:
+    text = '{"latency": 0, "default": {"wgrad": 0, "recompute": 0, "held_bytes": 0}}'
+    assert costs_from_json(text) == Costs(default=StageCosts(wgrad=0))
 
 
 def test_costs_for_stages_that_are_not_there() -> None:
@@ -67,7 +97,9 @@ def test_costs_for_stages_that_are_not_there() -> None:
             f"costs for stage {stage}, but the schedule has 2 stages; "
             "name 0 to 1, or -1 for the last"
         )
-    with pytest.raises(ScheduleError, match="costs for stage 1 are given twice"):
+    with pytest.raises(
+        ScheduleError, match="costs for stage 1 are given twice, also as -1; keep one"
+    ):
         Costs(stages={1: StageCosts(), -1: StageCosts()}).of_stages(2)
 
 

@@ -99,7 +99,7 @@ def test_weight_gradients_fill_what_is_left() -> None:
 
 
 def test_a_phase_without_a_cost_is_named() -> None:
-    with pytest.raises(ScheduleError, match="no cost for the phase 'odd'; known: attention, "):
+    with pytest.raises(ScheduleError, match="no cost for the phase 'odd'; add one to attention, "):
         interleave((Phase("odd"),), ())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mhc_megatron.pipeline.actions import Compute, Op, Overlap
-from mhc_megatron.pipeline.catalogue import CATALOGUE, generate
+from mhc_megatron.pipeline.catalogue import CATALOGUE, generate, num_actions
 from mhc_megatron.pipeline.dual import dualpipe_v
 from mhc_megatron.pipeline.errors import ScheduleError
 from mhc_megatron.pipeline.rows import Row
@@ -19,6 +19,16 @@ def test_dualpipe_v_is_the_published_table() -> None:
     test/distributed/pipelining/artifacts/dualpipev_4rank_10mb.csv."""
     expected = (TABLES / "dualpipe_v_4x10.csv").read_text()
     assert to_csv(dualpipe_v(4, 10)) == expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_number_of_actions_is_known_before(name: str, num_ranks: int) -> None:
+    num_ranks += num_ranks % 2 if name == "dualpipe" else 0
+    for num_mb in (2 * num_ranks, 4 * num_ranks):
+        for num_chunks in (None, 1, 3) if name == "interleaved" else (None,):
+            numbers = {"num_ranks": num_ranks, "num_mb": num_mb, "num_chunks": num_chunks}
+            assert num_actions(name, **numbers) == generate(name, **numbers).num_actions
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -103,7 +103,64 @@ priority          0    0.0%        0
             ("--csv", "absent.csv"),
             "absent.csv: No such file or directory; name a readable text file",
         ),
-        (("--csv", "broken.csv"), "broken: rank 0: 0B0 is missing, and so are I and W"),
+        (
+            ("--csv", "broken.csv"),
+            "broken.csv: line 1 (rank 0): 0B0 is missing, and so are I and W; add B, or I and W",
+        ),
+        (
+            ("--csv", "twice.csv"),
+            "twice.csv: line 2, cells 2 and 5 (rank 1): 1F0 appears twice; keep one",
+        ),
+        (
+            ("--csv", "early.csv"),
+            "early.csv: line 2, cell 3 (rank 1): 1B1 comes before 1F1, which it needs; move it "
+            "behind",
+        ),
+        (
+            ("--csv", "phases.json"),
+            'phases.json: line 1, cell 1: \'{"gelu": {"forward": 1}}\' is not an action; write '
+            "2F0, 2B0, 2I0, 2W0, 2R0 (stage, operation, micro-batch) or (0F7;7B3)OVERLAP_F_B",
+        ),
+        (
+            (*GPIPE, "--costs", "costs.json"),
+            "costs.json: costs for stage 9, but the schedule has 4 stages; name 0 to 3, or -1 for "
+            "the last",
+        ),
+        (
+            (*GPIPE, "--costs", "phases.json"),
+            "phases.json: the file: unknown field 'gelu'; known: default, stages, latency, "
+            "message_bytes, bandwidth, unit",
+        ),
+        (
+            ("--schedule", "one_f_one_b", "--ranks", "100000", "--micro-batches", "100000"),
+            "--ranks 100000 --micro-batches 100000: 20,000,000,000 actions are above the "
+            "12,000,000 that are simulated in about a minute and 3 GiB; take fewer ranks or "
+            "micro-batches",
+        ),
+        (
+            ("--schedule", "dualpipe_v", "--ranks", "1500", "--micro-batches", "3000"),
+            "--ranks 1500 --micro-batches 3000: 17,998,501 actions are above the 12,000,000 that "
+            "are simulated in about a minute and 3 GiB; take fewer ranks or micro-batches",
+        ),
+        (
+            ("--schedule", "gpipe", "--ranks", "10001", "--micro-batches", "1"),
+            "--ranks 10001 --micro-batches 1: 10,001 ranks are above the 10,000 that are "
+            "simulated in about a minute and 3 GiB; take fewer ranks",
+        ),
+        (
+            ("--schedule", "gpipe", "--ranks", "1", "--micro-batches", "500001"),
+            "--ranks 1 --micro-batches 500001: 1,000,002 actions on each rank are above the "
+            "1,000,000 that are simulated in about a minute and 3 GiB; take fewer micro-batches",
+        ),
+        (
+            ("--schedule", "gpipe", "--ranks", "-100000", "--micro-batches", "-100000"),
+            "num_ranks=-100000 must be at least 1",
+        ),
+        (
+            ("--csv", "long.csv"),
+            "long.csv: 10,001 ranks are above the 10,000 that are simulated in about a minute and "
+            "3 GiB; take fewer ranks",
+        ),
         (
             ("--schedule", "gpipe", *STEP, "--costs", "broken.csv"),
             "broken.csv: not JSON: Extra data: line 1 column 2 (char 1)",
@@ -139,8 +196,16 @@ priority          0    0.0%        0
         ),
         (
             (*PAIRED, "--overlap", "post", "--phase-costs", "phases.json"),
-            "phases.json: unknown phase 'gelu'; known: enter, attention, attention_post, mlp, "
-            "router, dispatch, experts, combine, unpermute, mlp_post, leave",
+            "phases.json: the file: unknown field 'gelu'; known: enter, attention, attention_post, "
+            "mlp, router, dispatch, experts, combine, unpermute, mlp_post, leave",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "attention.json"),
+            "attention.json: attention.forward is given twice; keep one of them",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "few.json"),
+            "few.json: no cost for the phase 'enter'; add one to attention, attention_post",
         ),
         (
             ("--schedule", "gpipe", *STEP, "--out", "broken.csv"),
@@ -157,9 +222,53 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.csv").write_text("0F0\n")
+    (tmp_path / "twice.csv").write_text("0F0,0B0\n,1F0,,1B0,1F0\n")
+    (tmp_path / "early.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1B1,1F1\n")
+    (tmp_path / "long.csv").write_text("0F0,0B0\n" * 10_001)
+    (tmp_path / "costs.json").write_text('{"stages": {"9": {"forward": 2}}}')
     (tmp_path / "phases.json").write_text('{"gelu": {"forward": 1}}')
+    (tmp_path / "attention.json").write_text('{"attention": {"forward": 1, "forward": 2}}')
+    (tmp_path / "few.json").write_text('{"attention": {}, "attention_post": {}}')
     assert _run(*arguments) == 2
     assert capsys.readouterr().err == f"mhc-megatron: error: {message}\n"
+
+
+def test_a_deadlock_prints_every_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hundred ranks, of which the last takes the second micro-batch first."""
+    last = 99
+    rows = [f"{rank}F0,{rank}B0,{rank}F1,{rank}B1" for rank in range(last)]
+    rows.append(f"{last}F1,{last}F0,{last}B0,{last}B1")
+    (tmp_path / "stuck.csv").write_text("\n".join(rows))
+    assert _run("--csv", str(tmp_path / "stuck.csv")) == 2
+    caught = capsys.readouterr()
+    waits = [f"rank {rank} at {rank}B0 waits for {rank + 1}B0" for rank in range(last)]
+    waits.append("rank 99 at 99F1 waits for 98F1")
+    name = f"{tmp_path / 'stuck.csv'}: deadlock: "
+    assert caught.out == "\n".join([f"{name}100 ranks wait", *waits, ""])
+    assert caught.err == (
+        f"mhc-megatron: error: {name}{'; '.join(waits[:8])}; and 92 more ranks; move what is "
+        "waited for forward on its rank\n"
+    )
+
+
+NO_BYTES = (
+    "- : no bytes are known; --hidden and --seq give them, or held_bytes and rebuilt_bytes of the "
+    "stages in --costs"
+)
+
+
+def test_without_bytes_it_says_what_gives_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(*GPIPE, "--out", str(tmp_path / "out")) == 0
+    assert capsys.readouterr().out.count(f"\n\n{NO_BYTES}\n") == 1
+    assert NO_BYTES in (tmp_path / "out" / "index.html").read_text()
+    file = tmp_path / "costs.json"
+    file.write_text('{"stages": {"0": {"held_bytes": 1}}}')
+    for known in (("--hidden", "8", "--seq", "8"), ("--costs", str(file))):
+        assert _run(*GPIPE, *known, "--out", str(tmp_path / "out")) == 0
+        assert NO_BYTES not in capsys.readouterr().out
+        assert NO_BYTES not in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

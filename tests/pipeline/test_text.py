@@ -40,7 +40,21 @@ def test_one_action_elsewhere_does_not_move_its_stage() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no actions; a line lists a rank's actions, such as 0F0,0F1,0B0,0B1"),
+        (
+            "",
+            "line 1 has no actions; a line lists those of a rank, such as 0F0,0F1,0B0,0B1: delete "
+            "it, or write some",
+        ),
+        (
+            "\n0F0,0B0\n",
+            "line 1 has no actions; a line lists those of a rank, such as 0F0,0F1,0B0,0B1: delete "
+            "it, or write some",
+        ),
+        (
+            "0F0,0B0\n,0SEND_F0\n1F0,1B0",
+            "line 2 has no actions; a line lists those of a rank, such as 0F0,0F1,0B0,0B1: delete "
+            "it, or write some",
+        ),
         (
             "0F0,0B0\n1F0,1X0",
             "line 2, cell 2: '1X0' is not an action; write 2F0, 2B0, 2I0, 2W0, 2R0 (stage, "
@@ -56,10 +70,24 @@ def test_one_action_elsewhere_does_not_move_its_stage() -> None:
             "line 1, cell 2: '0BW0' is PyTorch's old notation; write B for BW, and I for the B "
             "that has a W",
         ),
-        ("0F0,2F0", "stage 1 has no action, but stage 2 has"),
+        (
+            "0F0,2F0",
+            "stage 1 has no action, but stage 2 has; number from 0 without a gap",
+        ),
+        (
+            "0F0,0F16777215",
+            "micro-batch 1 has no action, but micro-batch 16777215 has; number from 0 without a "
+            "gap",
+        ),
         (
             "0F99999999",
-            "0F99999999 is above the limits of 16777216 stages and 16777216 micro-batches",
+            "line 1, cell 1: 0F99999999 is above the limits of 16777216 stages and 16777216 "
+            "micro-batches; number both from 0",
+        ),
+        (
+            f"0F{'9' * 5000}",
+            f"line 1, cell 1: 0F{'9' * 5000} is above the limits of 16777216 stages and 16777216 "
+            "micro-batches; number both from 0",
         ),
     ],
 )
