@@ -134,11 +134,12 @@ def _check_weight_order(table: Table) -> None:
     back = same & (np.diff(dgrads[order]) < 0)
     for place in np.flatnonzero(back)[:1].tolist():
         late, early = (compute_of(int(table.codes[wgrads[order[place + k]]])) for k in (0, 1))
+        after, before = (Compute(Op.I, each.stage, each.mb) for each in (late, early))
         raise _at(
             table,
             int(wgrads[order[place]]),
-            f"comes before {early}, but I of micro-batch {early.mb} before that of {late.mb}; "
-            "weight gradients follow the order of I",
+            f"comes before {early}, but {before} before {after}; weight gradients follow the "
+            "order of I",
         )
 
 
