@@ -43,7 +43,9 @@ class _Product(torch.autograd.Function):
         if ctx.store.context is None:
             return dx, None, None, *weight_gradients(*operands)
         ctx.store.context.put([operands, weight_gradients])
-        return dx, None, None, *[None] * len(weights)
+        # GroupedLinear hands autograd the memory into which backward_dw will write, as it is.
+        unwritten = [torch.full_like(w, math.nan) if ctx.store.grouped else None for w in weights]
+        return dx, None, None, *unwritten
 
 
 class _Norm(torch.autograd.Function):
@@ -63,8 +65,9 @@ class _Norm(torch.autograd.Function):
 
 
 class _Store:
-    def __init__(self, delay: bool) -> None:
+    def __init__(self, delay: bool, grouped: bool) -> None:
         self.context: Any = queue.Queue() if delay else None
+        self.grouped = grouped
 
 
 class _Base(nn.Module):
@@ -72,7 +75,7 @@ class _Base(nn.Module):
         super().__init__()
         assert not options["bias"]
         delay = options.get("delay_wgrad_compute", False)
-        self.wgrad_store, self.use_bias = _Store(delay), False
+        self.wgrad_store, self.use_bias = _Store(delay, grouped=count > 0), False
         self.wgrad_accumulation_and_reduce_hooks: list[Any] = []
         self.in_features, self.out_features = shape[1], shape[0]
         self.names = [f"weight{i}" for i in range(count)] if count else ["weight"]

@@ -11,6 +11,18 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 
+# (schedule, model, ranks). MoE runs here under our schedules on every release of megatron-core, of
+# which older ones refuse it without Transformer Engine. The deepest model is the first: Megatron's
+# log of auxiliary losses has as many layers as the first.
+PIPELINES = [
+    ("dualpipe_v", "moe", 4),
+    ("zb_h1", "moe", 4),
+    ("dualpipe_v", "moe", 2),
+    ("zb_h1", "moe", 2),
+    ("zb_h1", "mla", 2),
+    ("dualpipe_v", "dense", 2),
+]
+
 # In a process of its own: megatron-core looks for Transformer Engine when it is imported.
 SCRIPT = f"""
 import json, os, sys
@@ -25,6 +37,17 @@ from mhc_megatron.config import MHCConfig
 torch.set_num_threads(1)
 engine.LENGTH, found = 16, {{}}
 with engine.single_process():
+    for schedule, model, ranks in {PIPELINES}:
+        config = run_config(
+            schedule, ranks, hidden_size=32, seq_length=8, transformer_impl="transformer_engine"
+        )
+        config = engine.with_model(config, **engine.MODELS[model])
+        steps = []
+        for delay in (False, True):
+            virtual = VirtualRanks(config, torch.device("cpu"), delay=delay)
+            virtual.draw(0)
+            steps.append(virtual.pipelined() if delay else virtual.serial())
+        found[f"{{schedule}}_{{model}}_{{ranks}}"] = steps[1].differences(steps[0])
     for model in engine.MODELS:
         chunk = engine.build(engine.run_config(model))
         kept = engine.step(chunk)
@@ -58,17 +81,6 @@ with engine.single_process():
     engine.megatron_config = plain
     chunk = engine.build(engine.run_config("moe"))
     found["again"]["without"] = engine.step(chunk).differences(kept)
-    for schedule, model in (("zb_h1", "mla"), ("dualpipe_v", "dense")):
-        config = run_config(
-            schedule, 2, hidden_size=32, seq_length=8, transformer_impl="transformer_engine"
-        )
-        config = engine.with_model(config, **engine.MODELS[model])
-        steps = []
-        for delay in (False, True):
-            ranks = VirtualRanks(config, torch.device("cpu"), delay=delay)
-            ranks.draw(0)
-            steps.append(ranks.pipelined() if delay else ranks.serial())
-        found[schedule] = steps[1].differences(steps[0])
 print("found", json.dumps(found))
 """
 
@@ -111,8 +123,8 @@ def test_beside_megatrons_recompute_of_attention_and_experts(found: dict[str, An
     assert len(again) == 6 and not any(again.values()), again
 
 
-@pytest.mark.parametrize("schedule", ["zb_h1", "dualpipe_v"])
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda each: "_".join(map(str, each)))
 def test_delayed_weight_gradients_have_the_bits_of_a_loop(
-    schedule: str, found: dict[str, Any]
+    pipeline: tuple[str, str, int], found: dict[str, Any]
 ) -> None:
-    assert found[schedule] == []
+    assert found["_".join(map(str, pipeline))] == []

@@ -119,7 +119,15 @@ def test_dense(
 if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
 
     @pytest.mark.parametrize(
-        "name", ["pp2_zb_h1", "pp2_dualpipe_v", "pp2_dualpipe", "pp4_dualpipe"]
+        "name",
+        [
+            "pp2_zb_h1",
+            "pp2_dualpipe_v",
+            "pp2_dualpipe",
+            "pp4_zb_h1",
+            "pp4_dualpipe_v",
+            "pp4_dualpipe",
+        ],
     )
     def test_moe(
         name: str,
@@ -190,13 +198,22 @@ def test_mean_loss(
     assert min(others.values()) > SUMMATION_ORDER, "the mean of means is another loss"
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline": 2, "schedule": "one_f_one_b"},
+        {"pipeline": 2, "schedule": "zb_h1"},
+        {"pipeline": 4, "schedule": "zb_h1"},
+    ],
+    ids=lambda layout: f"pp{layout['pipeline']}_{layout['schedule']}",
+)
 def test_mtp(
+    layout: dict[str, Any],
     workers: WorkerPool,
     oracles: dict[str, Oracle],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
 ) -> None:
-    layout = SCHEDULES["pp2_zb_h1"][0]
     single = oracle("mtp", layout, workers, oracles, tmp_path_factory)
     config = run_config(MTP, layout, global_batch_size=NUM_MB)
     losses, errors = single.errors(workers, config, tmp_path / "g")
