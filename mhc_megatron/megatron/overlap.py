@@ -96,6 +96,8 @@ class LaneOverlap:
         turns = self._turns(self._plan(own, other))
         side = _BackwardSide(turns, backward, gradient_made)
         own.marker.turns = turns
+        # Before either side: a plan may begin with a rebuild, of what the compute lane is still at.
+        self._lanes.fork()
         future = self._thread.submit(side.run)
         try:
             output_made(own.forward(forward[1], forward[2]))

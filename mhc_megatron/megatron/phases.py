@@ -119,9 +119,13 @@ class PhaseMarker:
         self._at = 0
 
     def start(self) -> None:
-        """The forward of a micro-batch begins, with the first phase."""
+        """The forward of a micro-batch begins, with the first phase.
+
+        In an Overlap the lanes have been forked, for both sides.
+        """
         self._at = 0
-        self.lanes.fork()
+        if self.turns is None:
+            self.lanes.fork()
         self._wait()
 
     def begin(

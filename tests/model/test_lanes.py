@@ -1,6 +1,7 @@
 """Which stream is current in which phase, on streams that only take notes."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from mhc_megatron.megatron import phases
 from mhc_megatron.megatron.overlap import LaneOverlap, PhasedStage
 from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.phases import Lane, Phase
+from mhc_megatron.pipeline.turns import Turns
 
 PHASES = (
     Phase("enter"),
@@ -108,6 +110,53 @@ def test_every_phase_runs_on_its_lane_and_a_forward_ends_on_the_compute_lane(
         recorded.tensors.clear()
         for stream in streams.values():
             stream.notes.clear()
+
+
+class Rebuilt:
+    """A block of a recompute that notes among a stream's waits when it is rebuilt."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def rebuild_ahead(self) -> None:
+        self._stream.notes.append("rebuild")
+
+
+class Dropped:
+    def __init__(self, *blocks: Rebuilt) -> None:
+        self._blocks = list(blocks)
+
+    def blocks_from_the_end(self) -> list[Rebuilt]:
+        return self._blocks
+
+
+def test_a_rebuild_that_comes_first_waits_for_the_compute_lane(recorded: Recorded) -> None:
+    """However late the forward, on the other thread, begins."""
+    log: list[str] = []
+    own, _ = stage(recorded, log)
+    phased = (*PHASES[:-1], Phase("mlp_post", layer=0, begins_block=True))
+    other, marker = stage(recorded, log)
+    marker.phases = phased
+    priority: Any = recorded.lanes.stream(Lane.PRIORITY)
+    other.take_dropped = lambda _: Dropped(Rebuilt(priority))  # type: ignore[assignment, return-value]
+    other.forward(0, torch.ones(2))
+    priority.notes.clear()
+
+    def late(plan: Any) -> Turns:
+        assert plan[0].op == "R"
+        return Turns(plan)
+
+    run = own.forward
+
+    def forward(mb: int, x: Tensor | None) -> Tensor:
+        time.sleep(0.2)
+        return run(mb, x)
+
+    own.forward = forward  # type: ignore[method-assign]
+    LaneOverlap(recorded.lanes, turns=late)(
+        (own, 1, torch.ones(2)), (other, 0, torch.ones(2)), lambda _: None, lambda _: None
+    )
+    assert priority.notes[:2] == ["compute", "rebuild"]
 
 
 def test_what_stands_between_two_phases_is_on_no_lane(
