@@ -1,5 +1,7 @@
 """From text to Megatron's ``.bin``/``.idx``, published only when complete."""
 
+import contextlib
+import fcntl
 import os
 import platform
 import re
@@ -85,8 +87,8 @@ def prepare(
 def prepare_embedded(folder: str | Path, *, tokenizer: Tokenizer) -> tuple[str, str]:
     """Prepare both splits of the embedded corpus, or reuse what an earlier call prepared.
 
-    Reused only if it came from the same sources and tokenizer and its checksum still holds. Not
-    safe for several processes at once: one prepares while the others wait.
+    Reused only if it came from the same sources and tokenizer and its checksum still holds. Of
+    several processes, as of runs that start together, one prepares while the others wait.
 
     Args:
         folder: where the splits go; created if need be.
@@ -101,16 +103,31 @@ def prepare_embedded(folder: str | Path, *, tokenizer: Tokenizer) -> tuple[str, 
     prefixes = []
     for split in ("train", "valid"):
         prefix = str(Path(folder) / f"{python}-{slug}-{split}")
-        if not _is_current(prefix, tokenizer=tokenizer, source=f"{source}, {split}"):
-            _write_split(
-                corpus.iter_documents(split),
-                prefix,
-                tokenizer=tokenizer,
-                source=f"{source}, {split}",
-                num_input_bytes=None,
-            )
+        with _alone(prefix):
+            if not _is_current(prefix, tokenizer=tokenizer, source=f"{source}, {split}"):
+                _write_split(
+                    corpus.iter_documents(split),
+                    prefix,
+                    tokenizer=tokenizer,
+                    source=f"{source}, {split}",
+                    num_input_bytes=None,
+                )
         prefixes.append(prefix)
     return prefixes[0], prefixes[1]
+
+
+@contextlib.contextmanager
+def _alone(prefix: str) -> Iterator[None]:
+    """Wait until no other process is in here with this prefix."""
+    lock = Path(f"{prefix}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {prefix}: {error.strerror}; choose another output") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def _write_split(

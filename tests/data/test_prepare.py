@@ -1,7 +1,9 @@
 """Preparation: exact content, whole files or none, idempotence."""
 
 import os
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -203,6 +205,25 @@ def test_embedded_is_reused_only_if_whole_and_current(library: Path, tmp_path: P
             path.write_bytes(damaged)
             prepared()
             assert files_of(tmp_path / "data") == whole
+
+
+def test_embedded_is_prepared_once_by_several_at_a_time(library: Path, tmp_path: Path) -> None:
+    encoded: list[str] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Slow(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            encoded.append(text)
+            time.sleep(0.05)
+            return super().encode(text)
+
+    def prepared(_: int) -> list[list[str]]:
+        return embedded_texts(prepare_embedded(tmp_path / "data", tokenizer=Slow()))
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(prepared, range(4))
+    assert others == [first] * 3
+    assert sorted(encoded) == sorted(text for split in first for text in split)
 
 
 def test_embedded_keeps_tokenizers_apart(
