@@ -20,10 +20,12 @@ _PLAIN_STAGE = "megatron-core"
 
 
 def blocks(lines: list[Line]) -> str:
-    """What hyper-connections add to a stage of Transformer Engine blocks."""
+    """What hyper-connections add to a stage of Transformer Engine blocks, launched by the host."""
     rows: dict[tuple[str, str, str], dict[str, Line]] = {}
     for line in lines:
         shape = line["shape"]
+        if line.get("launch") == "graph" or "experts" in shape:
+            continue
         key = (shape["model"], shape["dtype"], line["impl"])
         rows.setdefault(key, {})[line["metric"]] = line
     body = []
@@ -45,26 +47,47 @@ def blocks(lines: list[Line]) -> str:
     return markdown(head, body)
 
 
-def overlap(lines: list[Line]) -> str:
-    """A forward and a backward of a stage in every overlap mode."""
-    rows: dict[str, dict[str, Line]] = {}
+def block_graphs(lines: list[Line]) -> str:
+    """The same stages as one CUDA graph, where no host is waited for."""
+    rows: dict[tuple[str, str], dict[str, Line]] = {}
     for line in lines:
-        rows.setdefault(line["impl"], {})[line["metric"]] = line
+        shape = line["shape"]
+        if line.get("launch") == "graph":
+            rows.setdefault((shape["model"], shape["dtype"]), {})[line["impl"]] = line
+    body = []
+    for (model, dtype), row in rows.items():
+        cells = [f"{row[_PLAIN_STAGE]['value']:.1f} ms"]
+        for name in ("none", "auto"):
+            step = row[f"mhc_megatron.{name}"]
+            cells.append(f"{step['value']:.1f} ms, {step['overhead']:+.1f} %")
+        body.append([model, dtype, *cells])
+    return markdown(["model", "branches", "plain", "mHC", "mHC, recompute auto"], body)
+
+
+def overlap(lines: list[Line], launch: str = "eager") -> str:
+    """A forward and a backward of a stage in every overlap mode, of the last run of a launch."""
+    found = [line for line in lines if line.get("launch") == launch]
+    rows: dict[str, dict[str, Line]] = {}
+    for line in found:
+        if line["run"] == found[-1]["run"]:
+            rows.setdefault(line["impl"], {})[line["metric"]] = line
     body = []
     for implementation, row in rows.items():
         pair = row["pair"]
+        predicted = pair.get("predicted")
         body.append(
             [
                 implementation.removeprefix("mhc_megatron."),
                 f"{pair['value']:.0f}",
-                f"{pair['predicted']:.0f}" if "predicted" in pair else "",
+                "" if predicted is None else f"{predicted:.0f}",
+                "" if predicted is None else f"{pair['value'] / predicted:.2f}",
                 *(
                     f"{row[name]['value']:.0f} % of {row[name]['total']:.1f} ms"
                     for name in ("hidden_mhc", "hidden_exchanges")
                 ),
             ]
         )
-    head = ["overlap", "pair, ms", "predicted, ms", "hidden of mHC", "hidden of exchanges"]
+    head = ["overlap", "pair, ms", "predicted, ms", "ratio", "hidden of mHC", "hidden of exchanges"]
     return markdown(head, body)
 
 
@@ -107,7 +130,8 @@ def step_graph(lines: list[Line]) -> str:
 
 
 def training(lines: list[Line]) -> str:
-    """Final losses of a model in bf16 and each FP8 recipe, plain and with hyper-connections."""
+    """Final losses of a model in bf16 and each FP8 recipe, by the script's last run."""
+    lines = [line for line in lines if line["run"] == lines[-1]["run"]]
     rows: dict[tuple[str, str], dict[int | None, Line]] = {}
     repeats: dict[tuple[str, str], bool] = {}
     for line in lines:
@@ -152,4 +176,9 @@ if __name__ == "__main__":
         "fp8_training": training,
         "message_training": messages,
     }
-    print(tables[path.stem](read(path)))
+    lines = read(path)
+    print(tables[path.stem](lines))
+    if path.stem == "te_blocks" and any(line.get("launch") == "graph" for line in lines):
+        print(block_graphs(lines))
+    if path.stem == "overlap":
+        print(overlap(lines, "graph"))

@@ -48,6 +48,7 @@ def test_the_fp8_page_shows_the_results_files(benchmark: Callable[[str], Any]) -
     page = (ROOT / "docs" / "fp8.md").read_text()
     for gpu in ("h100", "h200"):
         assert tables.blocks(read(RESULTS / gpu / "te_blocks.jsonl")) in page
+    assert tables.block_graphs(read(RESULTS / "h200" / "te_blocks.jsonl")) in page
     assert tables.training(read(RESULTS / "h200" / "fp8_training.jsonl")) in page
     assert tables.messages(read(RESULTS / "cpu" / "message_training.jsonl")) in page
 
@@ -56,7 +57,8 @@ def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any
     tables, read = benchmark("stage_tables"), benchmark("kernel_table").read
     page = (ROOT / "docs" / "pipeline.md").read_text()
     assert tables.multigpu(read(RESULTS / "h200" / "multigpu.jsonl")) in page
-    assert tables.overlap(read(RESULTS / "h200" / "overlap.jsonl")) in page
+    for launch in ("eager", "graph"):
+        assert tables.overlap(read(RESULTS / "h200" / "overlap.jsonl"), launch) in page
 
 
 def test_steps_as_graphs_are_in_the_performance_page(benchmark: Callable[[str], Any]) -> None:
@@ -98,19 +100,22 @@ def test_gradients_do_not_change_with_the_policy_under_memory_pressure() -> None
 
 
 def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
-    def line(impl: str, metric: str, **values: float) -> dict[str, Any]:
-        return {"impl": f"mhc_megatron.{impl}", "metric": metric, **values}
+    def line(impl: str, metric: str, *, run: str = "b", **values: Any) -> dict[str, Any]:
+        common = {"impl": f"mhc_megatron.{impl}", "metric": metric, "run": run, "launch": "eager"}
+        return {**common, **values}
 
+    hidden = [f"hidden_{what}" for what in ("mhc", "exchanges")]
     lines = [
-        line("none", "pair", value=99.0),
+        line("none", "pair", run="a", value=99.0),
         line("none", "pair", value=100.0),
-        *(line("none", f"hidden_{what}", value=0.0, total=2.5) for what in ("mhc", "exchanges")),
+        *(line("none", metric, value=0.0, total=2.5) for metric in hidden),
         line("all", "pair", value=80.4, predicted=78.0),
-        *(line("all", f"hidden_{what}", value=71.6, total=2.5) for what in ("mhc", "exchanges")),
+        *(line("all", metric, value=71.6, total=2.5) for metric in hidden),
+        line("none", "pair", value=50.0, launch="graph"),
     ]
     assert benchmark("stage_tables").overlap(lines).splitlines()[2:] == [
-        "| none | 100 |  | 0 % of 2.5 ms | 0 % of 2.5 ms |",
-        "| all | 80 | 78 | 72 % of 2.5 ms | 72 % of 2.5 ms |",
+        "| none | 100 |  |  | 0 % of 2.5 ms | 0 % of 2.5 ms |",
+        "| all | 80 | 78 | 1.03 | 72 % of 2.5 ms | 72 % of 2.5 ms |",
     ]
 
 
