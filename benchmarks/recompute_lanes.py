@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from allocator_pressure import Thief
-from overlap import Pair, bits_of
+from overlap_pair import Pair, bits_of
 from ranks import layouts
 from recompute_stress import Run, steps_with_another_bit, watch
 from te_blocks import STREAMS, Size, Stage, megatron_config
