@@ -102,6 +102,11 @@ def run(args: argparse.Namespace) -> int:
             f"model.residual={config.model.residual!r} has no streams to recompute; "
             "set model.residual=mhc"
         )
+    if config.mhc.variant == "single_pass":
+        raise UserError(
+            "mhc.variant='single_pass' has no recompute policies to compare, since a rebuild reads "
+            "with the sublayer's own H_pre; set mhc.variant=two_pass"
+        )
     try:
         schedule = _schedule(config)
         plans = list(_plans(config, schedule, args.branch_width))

@@ -132,6 +132,11 @@ def test_the_lowest_peak_is_of_all_blocks(capsys: pytest.CaptureFixture[str]) ->
             "recompute_block=9 is above the 8 sublayers of a stage",
         ),
         (["mhc.recompute=best"], "mhc.recompute=best is not one of none, block, auto, stage"),
+        (
+            ["mhc.variant=single_pass"],
+            "mhc.variant='single_pass' has no recompute policies to compare, since a rebuild reads "
+            "with the sublayer's own H_pre; set mhc.variant=two_pass",
+        ),
     ],
 )
 def test_refusals(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
