@@ -77,6 +77,10 @@ class _Lanes:
         self._ends: dict[Step, float] = {}
         self.spans: list[Span] = []
 
+    @property
+    def end(self) -> float:
+        return max(span.end for span in self.spans)
+
     def cost(self, step: Step) -> float:
         name = self._rows[step.op][step.phase].name
         if name not in self._costs:
@@ -140,12 +144,12 @@ def interleave(
         ScheduleError: a phase without a cost.
     """
     best = _by_rule(forward, backward, costs, rebuild)
-    ends = _end(best, forward, backward, costs)
+    ends = _enqueued(best, forward, backward, costs).end
     draw = random.Random(0)
     for _ in range(_VARIATIONS):
         varied = {name: _varied(cost, draw) for name, cost in costs.items()}
         plan = _by_rule(forward, backward, varied, rebuild)
-        end = _end(plan, forward, backward, costs)
+        end = _enqueued(plan, forward, backward, costs).end
         if end < ends:
             best, ends = plan, end
     check_plan(best, forward, backward)
@@ -156,18 +160,6 @@ def _varied(cost: PhaseCost, draw: random.Random) -> PhaseCost:
     return PhaseCost(
         *(getattr(cost, name) * draw.uniform(_LEAST, _MOST) for name in PhaseCost.__slots__)
     )
-
-
-def _end(
-    plan: Plan,
-    forward: Sequence[Phase],
-    backward: Sequence[Phase],
-    costs: Mapping[str, PhaseCost],
-) -> float:
-    lanes = _Lanes(forward, backward, costs)
-    for step in plan:
-        lanes.enqueue(step)
-    return max(span.end for span in lanes.spans)
 
 
 def _by_rule(
@@ -231,10 +223,19 @@ def simulate_lanes(
         ScheduleError: the plan is not valid, or a phase has no cost.
     """
     check_plan(plan, forward, backward)
+    return tuple(_enqueued(plan, forward, backward, costs).spans)
+
+
+def _enqueued(
+    plan: Plan,
+    forward: Sequence[Phase],
+    backward: Sequence[Phase],
+    costs: Mapping[str, PhaseCost],
+) -> _Lanes:
     lanes = _Lanes(forward, backward, costs)
     for step in plan:
         lanes.enqueue(step)
-    return tuple(lanes.spans)
+    return lanes
 
 
 def serial(forward: Sequence[Phase], backward: Sequence[Phase]) -> Plan:

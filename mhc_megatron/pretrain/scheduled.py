@@ -14,16 +14,12 @@ from torch import Tensor
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.schedule import ForwardBackward
-from mhc_megatron.message_blocks import MessageBlocks
-from mhc_megatron.pipeline.distributed import DistributedTransport
-from mhc_megatron.pipeline.fp8_transport import FP8Transport
 from mhc_megatron.pipeline.schedule import Schedule
-from mhc_megatron.pipeline.transport import Transport
 from mhc_megatron.pretrain.layout import num_micro_batches
 from mhc_megatron.pretrain.loop import loop_with
 from mhc_megatron.training.layout import ParallelConfig
 from mhc_megatron.training.optimizer import float32_apart
-from mhc_megatron.training.pipeline import layout_schedule
+from mhc_megatron.training.pipeline import connected_step, layout_schedule
 
 _BUILDER = "mhc_megatron.pretrain.stages.StageModelBuilder"
 
@@ -62,26 +58,17 @@ class ScheduledStep:
     def __call__(self, *, forward_only: bool = False, **arguments: Any) -> list[Report]:
         """As ``ForwardBackward``, with the last stage's reports on Megatron's last rank as well."""
         if self._step is None:
-            self._step = self._connected()
+            group = parallel_state.get_pipeline_model_parallel_group()
+            self._step = connected_step(
+                self._layout,
+                self.schedule,
+                torch.distributed.get_process_group_ranks(group),
+                hidden_parts=self._mhc.hidden_parts,
+                backend=self._mhc.backend,
+                timeout=self._timeout,
+            )
         reports = self._step(forward_only=forward_only, **arguments)
         return self._to_last_rank(reports, forward_only)
-
-    def _connected(self) -> ForwardBackward:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        transport: Transport = DistributedTransport(
-            self.schedule,
-            torch.distributed.get_process_group_ranks(group),
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            timeout=self._timeout,
-        )
-        if self._layout.messages == "fp8":
-            transport = FP8Transport(transport, MessageBlocks(self._mhc.backend))
-        return ForwardBackward(
-            self.schedule,
-            transport,
-            hidden_parts=self._mhc.hidden_parts,
-            overlap=self._layout.overlap,
-        )
 
     def _to_last_rank(self, reports: list[Report], forward_only: bool) -> list[Report]:
         source = self.schedule.placement.ranks[-1]

@@ -96,7 +96,7 @@ class ParallelConfig:
         known = get_args(OverlapMode)
         if self.overlap not in known:
             raise UserError(f"parallel.overlap={self.overlap!r} is not one of {', '.join(known)}")
-        if self.overlap != "none" and self.schedule not in ("dualpipe_v", "dualpipe"):
+        if self.overlap != "none" and not self.pairs:
             raise UserError(
                 f"parallel.overlap={self.overlap!r} with parallel.schedule={self.schedule!r}, "
                 "which pairs no forward with a backward; use dualpipe_v or dualpipe, or "
@@ -206,7 +206,7 @@ class ParallelConfig:
 
     def check_micro_batches(self, num_micro_batches: int) -> None:
         """Raise a UserError unless ``schedule`` can run a step of so many micro-batches."""
-        if self.schedule not in ("dualpipe_v", "dualpipe"):
+        if not self.pairs:
             return
         if num_micro_batches % self.num_copies:
             raise UserError(
@@ -223,7 +223,7 @@ class ParallelConfig:
 
     def check_prediction_layers(self, mtp_num_layers: int | None) -> None:
         """Raise a UserError if Megatron's MTP layers have no place under ``schedule``."""
-        if self.schedule in ("dualpipe_v", "dualpipe") and mtp_num_layers is not None:
+        if self.pairs and mtp_num_layers is not None:
             raise UserError(
                 f"model.mtp_num_layers={mtp_num_layers} under {self.schedule}: "
                 "Megatron builds these layers, and adds up their embedding's gradient, on the "
@@ -246,7 +246,12 @@ class ParallelConfig:
     @property
     def splits_backward(self) -> bool:
         """Whether the schedule computes weight gradients apart from those of the inputs."""
-        return self.schedule in ("zb_h1", "dualpipe_v", "dualpipe")
+        return self.pairs or self.schedule == "zb_h1"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the schedule pairs forwards with backwards, from both ends of the model."""
+        return self.schedule in ("dualpipe_v", "dualpipe")
 
     @property
     def num_copies(self) -> int:

@@ -9,7 +9,7 @@ that is the schedule's.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mhc_megatron.config import Backend
 from mhc_megatron.megatron.p2p import stream_p2p
 from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.megatron.step_graph import StepGraph
@@ -108,23 +109,43 @@ def _eager_function(
     config: TrainConfig, megatron_config: TransformerConfig
 ) -> ForwardBackwardFunction:
     if config.parallel.schedule != "megatron":
-        schedule = pipeline_schedule(config)
-        transport: Transport = DistributedTransport(
-            schedule,
+        return connected_step(
+            config.parallel,
+            pipeline_schedule(config),
             pipeline_ranks(config),
-            device=_device(),
+            hidden_parts=config.hidden_parts,
+            backend=config.mhc.backend if config.model.residual == "mhc" else "auto",
             timeout=timedelta(minutes=config.timeout_minutes),
-        )
-        if config.parallel.messages == "fp8":
-            backend = config.mhc.backend if config.model.residual == "mhc" else "auto"
-            transport = FP8Transport(transport, MessageBlocks(backend))
-        return ForwardBackward(
-            schedule, transport, hidden_parts=config.hidden_parts, overlap=config.parallel.overlap
         )
     function = get_forward_backward_func()
     if config.hidden_parts > 1 and config.parallel.pipeline > 1:
         return partial(function, **stream_p2p(megatron_config, config.mhc))
     return function
+
+
+def connected_step(
+    layout: ParallelConfig,
+    schedule: Schedule,
+    ranks: Sequence[int],
+    *,
+    hidden_parts: int,
+    backend: Backend,
+    timeout: timedelta,
+) -> ForwardBackward:
+    """Steps of ``schedule`` between processes; made by all of them together.
+
+    Args:
+        layout: what the schedule's messages and Overlaps are.
+        schedule: from ``layout_schedule``.
+        ranks: as for ``DistributedTransport``.
+        hidden_parts: as for ``ForwardBackward``.
+        backend: of the kernels that round messages.
+        timeout: of a message.
+    """
+    transport: Transport = DistributedTransport(schedule, ranks, device=_device(), timeout=timeout)
+    if layout.messages == "fp8":
+        transport = FP8Transport(transport, MessageBlocks(backend))
+    return ForwardBackward(schedule, transport, hidden_parts=hidden_parts, overlap=layout.overlap)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.sublayers import run_sublayers
 from torch import Tensor, nn
 
 from mhc_megatron import recompute
@@ -31,29 +32,10 @@ class Stage(nn.Module):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
     def forward(self, streams: Tensor, dropping: recompute.ForwardRecompute | None) -> Tensor:
-        for index, (connection, branch) in enumerate(
-            zip(self.connections, self.branches, strict=True)
-        ):
-            branch_input, mix = connection.pre(streams)
-            # The branch of one sublayer has its norm inside.
-            norm = torch.tanh if index != 1 else nn.Identity()
-            normed = norm(branch_input)
-            output = branch(normed)
-            if dropping is not None:
-                dropping.branch_done(
-                    index,
-                    streams=streams,
-                    branch_input=branch_input,
-                    normed=normed,
-                    norm=norm,
-                    output=output,
-                    bias=None,
-                    mix=mix,
-                )
-            before, streams = streams, connection.post(streams, output, mix)
-            if dropping is not None:
-                dropping.streams_done(index, streams=before, new_streams=streams)
-        return streams
+        # The branch of one sublayer has its norm inside.
+        norms = [torch.tanh if index != 1 else nn.Identity() for index in range(SUBLAYERS)]
+        sublayers = zip(self.connections, norms, self.branches, strict=True)
+        return run_sublayers(streams, sublayers, dropping)
 
 
 def gradients(stage: Stage, x: Tensor, dropping: recompute.ForwardRecompute | None) -> list[Tensor]:

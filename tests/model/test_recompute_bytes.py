@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.sublayers import run_sublayers
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -36,27 +37,8 @@ class Stage(nn.Module):
             part.to(dtype)
 
     def forward(self, streams: Tensor, dropping: ForwardRecompute | None = None) -> Tensor:
-        for index, connection in enumerate(self.connections):
-            norm = self.norms[index]
-            given = {} if self.apart else {"norm": norm}
-            branch_input, mix = connection.pre(streams, **given)
-            normed = norm(branch_input) if self.apart else branch_input
-            output = self.branches[index](normed)
-            if dropping is not None:
-                dropping.branch_done(
-                    index,
-                    streams=streams,
-                    branch_input=branch_input,
-                    normed=normed,
-                    norm=norm,
-                    output=output,
-                    bias=None,
-                    mix=mix,
-                )
-            before, streams = streams, connection.post(streams, output, mix)
-            if dropping is not None:
-                dropping.streams_done(index, streams=before, new_streams=streams)
-        return streams
+        sublayers = zip(self.connections, self.norms, self.branches, strict=True)
+        return run_sublayers(streams, sublayers, dropping, norms_inside=not self.apart)
 
 
 def size_of(mhc: MHCConfig, dtype: torch.dtype, block: int) -> StageSize:
