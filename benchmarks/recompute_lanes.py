@@ -32,16 +32,21 @@ POLICIES = {
     "block(3)": MHCConfig(num_streams=STREAMS, recompute="block", recompute_block=3),
     "stage": MHCConfig(num_streams=STREAMS, recompute="stage"),
 }
-CONTROLS = 20
+CONTROLS = 80
 
 
 class LateThief(Thief):
-    """Holds up, on a GPU, the lane on which the function is about to run, now and then."""
+    """Holds up, on a GPU, one of the streams or the current one, now and then.
+
+    Of a late stream, what others do not wait for is missing; and what is freed before it was read
+    there has other bits by then.
+    """
 
     def observe(self, function: Callable[..., Any], *operands: Any, **settings: Any) -> Any:
         """As in ``Thief``."""
         if self.active and torch.cuda.is_available():
-            hold_up(self._random, on_gpu=True)
+            with torch.cuda.stream(self._random.choice(self._streams)):
+                hold_up(self._random, on_gpu=True)
         return super().observe(function, *operands, **settings)
 
 
@@ -110,7 +115,7 @@ def lanes_line(size: Size, steps: int, *, engine: bool) -> dict[str, Any]:
     figures = steps_with_another_bit(cases, expected, thief, steps)
     if device.type == "cuda":
         forgetful = LaneStage(stage, ForgetfulLanes(device), thief)
-        control = {"all stage": forgetful.case("all", POLICIES["stage"])}
+        control = {f"all {name}": forgetful.case("all", mhc) for name, mhc in POLICIES.items()}
         found = steps_with_another_bit(control, expected, thief, CONTROLS)
         figures["control"] = {"steps": CONTROLS, "mismatches": found["value"]}
     return {
