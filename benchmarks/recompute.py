@@ -125,9 +125,11 @@ def main() -> int:
     idle = [line["impl"] for line in found if on_gpu and line.get("alloc_retries") == 0]
     if idle:
         print(f"memory was never short for {', '.join(idle)}", file=sys.stderr)
-    blind = [line["impl"] for line in found if line.get("control", {}).get("mismatches") == 0]
+    # Experts' counts make the host wait for the GPU, which hides what is freed too early.
+    controls = [line["control"]["mismatches"] for line in found if "control" in line]
+    blind = bool(controls) and not any(controls)
     if blind:
-        print(f"the control found nothing for {', '.join(blind)}", file=sys.stderr)
+        print("the control found nothing, so neither could the stress on lanes", file=sys.stderr)
     differ = any(line.get("deterministic") is False for line in found)
     return int(bool(idle or blind) or differ)
 

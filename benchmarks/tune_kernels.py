@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from implementations import Operands, options, random_operands
 from timing import graph_times
+from torch import Tensor
 
 from mhc_megatron.kernels.triton import launch
 from mhc_megatron.kernels.triton.arguments import Parameters
@@ -43,16 +44,20 @@ def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
 
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
+    "pre": grid("16 32", "32 64 128", "4 8", "2 3 4 5"),
     "post": grid("8 16", "128 256 512", "4 8", "1"),
     "rebuild": grid("4 8 16", "64 128 256 512", "4 8", "1"),
     "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
+    "post_backward": grid("4 8 16 32", "64 128 256", "4 8", "1 2 3"),
+    "pre_backward": grid("16 32", "32 64 128", "4 8", "1 2 3"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
 }
 
 
 def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], object]]:
-    """One launch of ``kernel`` per copy of the operands, as ``post_pre`` makes it."""
+    """One launch of ``kernel`` per copy of the operands, as ``post_pre``, ``pre`` or ``post``
+    makes it."""
     made = []
     mix = {"options": options(), "single_pass": False}
     for one in data:
@@ -66,9 +71,14 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         if kernel == "rebuild":
             made.append(rebuild_call(one, tiles.rebuild))
             continue
-        if kernel == "mix":
-            arguments = (*post, factors, parameters)
-            made.append(lambda a=arguments: launch.mix(*a, **mix, tile=tiles.mix))
+        if kernel == "post_backward":
+            made.append(backward_call(one, post, None, tiles, tiles.post_backward))
+            continue
+        if kernel in ("mix", "pre"):
+            operands = post if kernel == "mix" else (one.streams, None, None, None)
+            tile = (tiles.pre if kernel == "pre" else None) or tiles.mix
+            arguments = (*operands, factors, parameters)
+            made.append(lambda a=arguments, tile=tile: launch.mix(*a, **mix, tile=tile))
             continue
         streams, _, raw, packed, _ = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
         first = (streams, one.grad_u, one.grad_packed, raw, parameters)
@@ -83,17 +93,31 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             made.append(lambda a=arguments: launch.parameter_backward(*a, tiles=tiles))
             continue
         read = launch.ReadGradients(one.grad_u, packed, projected, radial, factors)
-        made.append(
-            lambda g=one.grad_streams, post=post, read=read: launch.streams_backward(
-                g,
-                *post,
-                read,
-                single_pass=False,
-                tile=tiles.streams_backward,
-                terms=tiles.product_terms,
+        if kernel == "pre_backward":
+            made.append(
+                backward_call(one, (streams, None, None, None), read, tiles, tiles.pre_backward)
             )
-        )
+        else:
+            made.append(backward_call(one, post, read, tiles, None))
     return made
+
+
+def backward_call(
+    data: Operands,
+    operands: tuple[Tensor | None, ...],
+    read: launch.ReadGradients | None,
+    tiles: Tiles,
+    tile: Tile | None,
+) -> Callable[[], object]:
+    """``streams_bwd`` of the operands that wrote and the gradients of what reads."""
+    return lambda: launch.streams_backward(
+        data.grad_streams,
+        *operands,
+        read,
+        single_pass=False,
+        tile=tile or tiles.streams_backward,
+        terms=tiles.product_terms,
+    )
 
 
 def rebuild_call(data: Operands, tile: Tile) -> Callable[[], object]:

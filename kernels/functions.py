@@ -48,7 +48,7 @@ class Post(torch.autograd.Function):
             packed,
             None,
             single_pass=False,
-            tile=ctx.tiles.streams_backward,
+            tile=ctx.tiles.post_backward or ctx.tiles.streams_backward,
             terms=ctx.tiles.product_terms,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
@@ -88,7 +88,7 @@ class Pre(torch.autograd.Function):
             options=options,
             single_pass=False,
             norm=_norm(norm_weight, norm_eps),
-            tile=tiles.mix,
+            tile=tiles.pre or tiles.mix,
         )
         ctx.save_for_backward(streams, raw, packed, factors, norm_weight, inverse_rms, *parameters)
         ctx.options, ctx.tiles = options, tiles
@@ -135,7 +135,7 @@ class Pre(torch.autograd.Function):
             None,
             read,
             single_pass=False,
-            tile=ctx.tiles.streams_backward,
+            tile=ctx.tiles.pre_backward or ctx.tiles.streams_backward,
             terms=ctx.tiles.product_terms,
         )
         return grad_streams, *parameter_gradients, None, None, None, grad_norm_weight, None

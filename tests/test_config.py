@@ -228,6 +228,15 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
         ),
         (lambda: TrainConfig(fp8="e5m2"), "fp8='e5m2' is not one of None, hybrid, e4m3"),
         (lambda: TrainConfig(fp8_recipe="x"), "fp8_recipe='x' is not one of delayed, tensorwise,"),
+        (
+            lambda: TrainConfig(fp8_amax_compute_algo="mean"),
+            "fp8_amax_compute_algo='mean' is not one of most_recent, max",
+        ),
+        (lambda: TrainConfig(fp8_amax_history_len=0), "fp8_amax_history_len=0 must be at least 1"),
+        (
+            lambda: TrainConfig(fp8_amax_history_len=1024),
+            "fp8_amax_history_len=1024, fp8_amax_compute_algo='most_recent': only delayed scaling",
+        ),
         (lambda: TrainConfig(fp8="hybrid"), "needs transformer_impl='transformer_engine': mega"),
         (
             lambda: TrainConfig(cuda_graph=True, model=ModelConfig(num_moe_experts=4)),

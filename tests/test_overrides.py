@@ -141,7 +141,7 @@ def test_a_real_layout_needs_all_its_overrides_at_once() -> None:
 
 def test_flatten_names_every_leaf_in_order() -> None:
     keys = list(flatten(TrainConfig()))
-    assert keys[0] == "model.residual" and keys[-1] == "fp8_recipe"
+    assert keys[0] == "model.residual" and keys[-1] == "fp8_amax_compute_algo"
     assert "mhc.projection" in keys and "model" not in keys
 
 

@@ -31,6 +31,11 @@ class Tiles:
         mix_backward_norm: ``mix_bwd`` with the gradient of a norm, which has 2 n + 1 sums per token
             and not n; None for ``mix_backward``.
         streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
+        pre: ``mix_fwd`` of ``pre`` alone; None for ``mix``.
+        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices; None for
+            ``streams_backward``.
+        pre_backward: ``streams_bwd`` of ``pre`` alone, which sums nothing over channels; None for
+            ``streams_backward``.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
         weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
             make 320 programs of 4096 tokens and 4 x 2560 channels.
@@ -46,6 +51,9 @@ class Tiles:
     streams_backward: Tile
     weight_backward: Tile
     mix_backward_norm: Tile | None = None
+    pre: Tile | None = None
+    post_backward: Tile | None = None
+    pre_backward: Tile | None = None
     weight_split: int = 1024
     product_terms: int = 3
 

@@ -10,6 +10,7 @@ from mhc_megatron.training.layout import ParallelConfig, require_positive
 
 Residual = Literal["mhc", "plain"]
 FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+AmaxAlgorithm = Literal["most_recent", "max"]
 # Tokens of a micro-batch on a rank: the inner dimension of the weights' gradients.
 _FP8_TOKENS = 16
 
@@ -152,6 +153,9 @@ class TrainConfig:
             coefficients, the embedding and the output layer stay in ``dtype``.
         fp8_recipe: how FP8 is scaled, Megatron's: by the largest of earlier steps (``delayed``),
             of the tensor (``tensorwise``), of blocks (``blockwise``, and on Blackwell ``mxfp8``).
+        fp8_amax_history_len: steps that ``delayed`` scaling looks back, Megatron's.
+        fp8_amax_compute_algo: which of them it takes, Megatron's: the last one, ``most_recent``,
+            or that with the largest number, ``max``.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -178,6 +182,8 @@ class TrainConfig:
     cuda_graph: bool = False
     fp8: Literal["hybrid", "e4m3"] | None = None
     fp8_recipe: FP8Recipe = "delayed"
+    fp8_amax_history_len: int = 1
+    fp8_amax_compute_algo: AmaxAlgorithm = "most_recent"
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "global_batch_size", "keep_checkpoints"):
@@ -197,6 +203,7 @@ class TrainConfig:
             ("transformer_impl", ("local", "transformer_engine")),
             ("fp8", (None, "hybrid", "e4m3")),
             ("fp8_recipe", get_args(FP8Recipe)),
+            ("fp8_amax_compute_algo", get_args(AmaxAlgorithm)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
@@ -321,6 +328,17 @@ class TrainConfig:
                 )
 
     def _check_fp8(self) -> None:
+        history, algorithm = self.fp8_amax_history_len, self.fp8_amax_compute_algo
+        if history < 1:
+            raise UserError(f"fp8_amax_history_len={history} must be at least 1")
+        delayed = self.fp8 is not None and self.fp8_recipe == "delayed"
+        if (history, algorithm) != (1, "most_recent") and not delayed:
+            raise UserError(
+                f"fp8_amax_history_len={history}, fp8_amax_compute_algo={algorithm!r}: only "
+                f"delayed scaling has a history, and fp8={self.fp8!r} with "
+                f"fp8_recipe={self.fp8_recipe!r} would ignore them; leave both out, or set fp8 and "
+                "fp8_recipe='delayed'"
+            )
         if self.fp8 is None:
             return
         if self.transformer_impl != "transformer_engine":

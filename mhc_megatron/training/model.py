@@ -79,6 +79,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         "transformer_impl": config.transformer_impl,
         "fp8": config.fp8,
         "fp8_recipe": config.fp8_recipe,
+        "fp8_amax_history_len": config.fp8_amax_history_len,
+        "fp8_amax_compute_algo": config.fp8_amax_compute_algo,
         "mtp_num_layers": model.mtp_num_layers,
         "finalize_model_grads_func": finalize_model_grads,
     }
