@@ -39,8 +39,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",
 }
-# Transformer Engine's defaults; Megatron's are the last step alone.
-HISTORY = ["fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"]
 # Steps between the losses of a line's curve.
 CURVE = 10
 
@@ -66,8 +64,6 @@ class Training:
         values.append(f"seed={self.seed}")
         if self.dtype != "bf16":
             values += ["fp8=hybrid", f"fp8_recipe={self.dtype}"]
-        if self.dtype == "delayed":
-            values += HISTORY
         return values + more
 
     def train(self, out: Path, more: list[str], place: dict[str, str]) -> str | None:

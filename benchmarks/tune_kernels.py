@@ -44,15 +44,17 @@ def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
 
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
-    "pre": grid("16 32", "32 64 128", "4 8", "2 3 4 5"),
     "post": grid("8 16", "128 256 512", "4 8", "1"),
     "rebuild": grid("4 8 16", "64 128 256 512", "4 8", "1"),
     "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
     "post_backward": grid("4 8 16 32", "64 128 256", "4 8", "1 2 3"),
-    "pre_backward": grid("16 32", "32 64 128", "4 8", "1 2 3"),
+    "pre_backward": grid("16 32 64", "64 128 256", "4 8", "2 3 4"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
 }
+
+# Kernels whose programs take a part of the tokens, and the field that says how many.
+SPLITS = {"weight_backward": "weight_split", "pre_backward": "pre_split"}
 
 
 def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], object]]:
@@ -74,11 +76,9 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         if kernel == "post_backward":
             made.append(backward_call(one, post, None, tiles, tiles.post_backward))
             continue
-        if kernel in ("mix", "pre"):
-            operands = post if kernel == "mix" else (one.streams, None, None, None)
-            tile = (tiles.pre if kernel == "pre" else None) or tiles.mix
-            arguments = (*operands, factors, parameters)
-            made.append(lambda a=arguments, tile=tile: launch.mix(*a, **mix, tile=tile))
+        if kernel == "mix":
+            arguments = (*post, factors, parameters)
+            made.append(lambda a=arguments: launch.mix(*a, **mix, tile=tiles.mix))
             continue
         streams, _, raw, packed, _ = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
         first = (streams, one.grad_u, one.grad_packed, raw, parameters)
@@ -89,25 +89,29 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             *first, **mix, tile=default.mix_backward
         )
         if kernel == "weight_backward":
-            arguments = (streams, projected, partial, parameters)
-            made.append(lambda a=arguments: launch.parameter_backward(*a, tiles=tiles))
+            arguments = (streams, projected, parameters.weight)
+            shape = launch.Shape.of(streams)
+            made.append(
+                lambda a=arguments, partial=partial, shape=shape: launch.parameter_backward(
+                    launch.weight_backward(*a, tiles=tiles), partial, shape
+                )
+            )
             continue
         read = launch.ReadGradients(one.grad_u, packed, projected, radial, factors)
         if kernel == "pre_backward":
-            made.append(
-                backward_call(one, (streams, None, None, None), read, tiles, tiles.pre_backward)
-            )
+            arguments = (one.grad_streams, streams, read, parameters.weight)
+            made.append(lambda a=arguments: launch.pre_backward(*a, trains=True, tiles=tiles))
         else:
-            made.append(backward_call(one, post, read, tiles, None))
+            made.append(backward_call(one, post, read, tiles, tiles.streams_backward))
     return made
 
 
 def backward_call(
     data: Operands,
-    operands: tuple[Tensor | None, ...],
+    operands: tuple[Tensor, Tensor, None, Tensor],
     read: launch.ReadGradients | None,
     tiles: Tiles,
-    tile: Tile | None,
+    tile: Tile,
 ) -> Callable[[], object]:
     """``streams_bwd`` of the operands that wrote and the gradients of what reads."""
     return lambda: launch.streams_backward(
@@ -115,7 +119,7 @@ def backward_call(
         *operands,
         read,
         single_pass=False,
-        tile=tile or tiles.streams_backward,
+        tile=tile,
         terms=tiles.product_terms,
     )
 
@@ -150,10 +154,11 @@ def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
                 if kernel == "streams_backward" and tile == base.streams_backward
                 else (base.product_terms,)
             )
-            splits = (1024, 2048) if kernel == "weight_backward" else (base.weight_split,)
+            of_split = SPLITS.get(kernel, "weight_split")
+            splits = (512, 1024, 2048) if kernel in SPLITS else (getattr(base, of_split),)
             for term, split in itertools.product(terms, splits):
-                tiles = replace(base, product_terms=term, weight_split=split, **{kernel: tile})
-                found.append((kernel, tiles))
+                chosen = {kernel: tile, of_split: split, "product_terms": term}
+                found.append((kernel, replace(base, **chosen)))
     return found
 
 
@@ -187,13 +192,14 @@ def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> Tile
         standard = time_of(kernel, data, base, repetitions)
         print(f"{shape} {kernel}: default {standard} us")
         for microseconds, tiles in timed[:6]:
-            extra = f"terms={tiles.product_terms} split={tiles.weight_split}"
+            of_split = SPLITS.get(kernel, "weight_split")
+            extra = f"terms={tiles.product_terms} split={getattr(tiles, of_split)}"
             print(f"  {microseconds:8.1f} us  {getattr(tiles, kernel)} {extra}")
         if timed:
             chosen = timed[0][1]
             best = replace(best, **{kernel: getattr(chosen, kernel)})
-            if kernel == "weight_backward":
-                best = replace(best, weight_split=chosen.weight_split)
+            if kernel in SPLITS:
+                best = replace(best, **{SPLITS[kernel]: getattr(chosen, SPLITS[kernel])})
     print(f"{shape} best: {best}", flush=True)
     return best
 

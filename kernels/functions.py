@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import launch
-from mhc_megatron.kernels.triton.arguments import Norm, Parameters
-from mhc_megatron.kernels.triton.launch import NormState, ReadGradients
+from mhc_megatron.kernels.triton.arguments import Norm, Parameters, Shape
+from mhc_megatron.kernels.triton.launch import NormState, ReadGradients, WeightSums
 from mhc_megatron.kernels.triton.tiles import Tiles
 
 
@@ -48,7 +48,7 @@ class Post(torch.autograd.Function):
             packed,
             None,
             single_pass=False,
-            tile=ctx.tiles.post_backward or ctx.tiles.streams_backward,
+            tile=ctx.tiles.post_backward,
             terms=ctx.tiles.product_terms,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
@@ -88,7 +88,7 @@ class Pre(torch.autograd.Function):
             options=options,
             single_pass=False,
             norm=_norm(norm_weight, norm_eps),
-            tile=tiles.pre or tiles.mix,
+            tile=tiles.mix,
         )
         ctx.save_for_backward(streams, raw, packed, factors, norm_weight, inverse_rms, *parameters)
         ctx.options, ctx.tiles = options, tiles
@@ -123,20 +123,17 @@ class Pre(torch.autograd.Function):
             inverse_rms,
             parameters,
         )
-        # Right after the first pass, whose last reads of the streams are still in L2.
-        parameter_gradients, grad_norm_weight = _parameter_gradients(
-            ctx, streams, read, partial, norm, parameters
-        )
-        grad_streams, _, _ = launch.streams_backward(
+        grad_streams, sums = launch.pre_backward(
             None if grad_through is None else grad_through.contiguous(),
             streams,
-            None,
-            None,
-            None,
             read,
-            single_pass=False,
-            tile=ctx.tiles.pre_backward or ctx.tiles.streams_backward,
-            terms=ctx.tiles.product_terms,
+            parameters.weight,
+            trains=ctx.trains or norm is not None,
+            tiles=ctx.tiles,
+            main_grad=ctx.main_grad,
+        )
+        parameter_gradients, grad_norm_weight = _parameter_gradients(
+            ctx, sums, partial, Shape.of(streams), norm, parameters
         )
         return grad_streams, *parameter_gradients, None, None, None, grad_norm_weight, None
 
@@ -234,9 +231,18 @@ class PostPre(torch.autograd.Function):
             parameters,
             single_pass=ctx.single_pass,
         )
-        # As in Pre: right after the first pass.
+        sums = None
+        if ctx.trains or norm is not None:
+            # Right after the first pass, whose last reads of the streams are still in L2.
+            sums = launch.weight_backward(
+                new_streams,
+                read.projected,
+                parameters.weight,
+                tiles=ctx.tiles,
+                main_grad=ctx.main_grad,
+            )
         parameter_gradients, grad_norm_weight = _parameter_gradients(
-            ctx, new_streams, read, partial, norm, parameters
+            ctx, sums, partial, Shape.of(streams), norm, parameters
         )
         grad_x, grad_branch, grad_packed = launch.streams_backward(
             None if grad_streams is None else grad_streams.contiguous(),
@@ -328,24 +334,16 @@ def _read_gradients(
 
 def _parameter_gradients(
     ctx: Any,
-    new_streams: Tensor,
-    read: ReadGradients,
+    sums: WeightSums | None,
     partial: Tensor,
+    shape: Shape,
     norm: tuple[Tensor, Tensor] | None,
     parameters: Parameters,
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """In the order of ``Parameters``, and the norm's weight's."""
-    if not ctx.trains and norm is None:
+    """In the order of ``Parameters``, and the norm's weight's; without ``sums`` there is none."""
+    if sums is None:
         return (None,) * len(parameters), None
-    grads, grad_norm_weight = launch.parameter_backward(
-        new_streams,
-        read.projected,
-        partial,
-        parameters,
-        main_grad=ctx.main_grad,
-        norm=norm,
-        tiles=ctx.tiles,
-    )
+    grads, grad_norm_weight = launch.parameter_backward(sums, partial, shape, norm=norm)
     weight, alpha_pre, alpha_post, alpha_res, bias = grads
     return (
         weight if ctx.main_grad is None else None,

@@ -10,6 +10,7 @@ import torch
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import forward
 from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
+from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
 from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
@@ -140,7 +141,6 @@ def streams_bwd(
     terms: int,
     has_grad_y: bool,
     has_pre: bool,
-    has_post: bool,
     has_bias: bool,
     single_pass: bool,
     first: int,
@@ -156,7 +156,6 @@ def streams_bwd(
         PRECISION=precision_of(dtype),
         HAS_GRAD_Y=has_grad_y,
         HAS_PRE=has_pre,
-        HAS_POST=has_post,
         HAS_BIAS=has_bias,
         SINGLE_PASS=single_pass,
         INTERLEAVED=interleaves(n, dtype),
@@ -165,6 +164,39 @@ def streams_bwd(
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def pre_bwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    split: int,
+    terms: int,
+    has_grad_y: bool,
+    trains: bool,
+) -> Launch:
+    return Launch(
+        pre_backward_kernel.pre_bwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        MP=padded(num_logits, 16),
+        ROWS=logit_rows(num_logits, dtype),
+        PARTS=parts_of(dtype),
+        TERMS=terms if parts_of(dtype) == 2 else 1,
+        PRECISION=precision_of(dtype),
+        HAS_GRAD_Y=has_grad_y,
+        TRAINS=trains,
+        INTERLEAVED=interleaves(n, dtype),
+        SPLIT=split,
+        BT=tile.tokens,
+        BC=tile.channels,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )

@@ -290,27 +290,22 @@ class ReadGradients(NamedTuple):
 def streams_backward(
     grad_streams: Tensor | None,
     streams: Tensor,
-    branch: Tensor | None,
+    branch: Tensor,
     branch_bias: Tensor | None,
-    packed: Tensor | None,
+    packed: Tensor,
     read: ReadGradients | None,
     *,
     single_pass: bool,
     tile: Tile,
     terms: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of streams, branch and the mappings that wrote; the last two with a branch."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of streams, branch and the mappings that wrote."""
     num_tokens, n, channels = Shape.of(streams)
     grad_x = torch.empty_like(streams)
-    grad_branch = grad_packed = None
-    if branch is not None:
-        assert packed is not None
-        grad_branch = torch.empty_like(branch)
-        grad_packed = torch.empty_like(packed)
+    grad_branch = torch.empty_like(branch)
+    grad_packed = torch.empty_like(packed)
     u, read_packed, projected, radial, factors = read or (None,) * len(ReadGradients._fields)
-    # Without a branch there are no sums, and nothing is left for another launch.
-    at_once = SUMMED_TOGETHER if branch is not None else n
-    for first in range(0, n, at_once):
+    for first in range(0, n, SUMMED_TOGETHER):
         kernel = bound.streams_bwd(
             n,
             channels,
@@ -320,11 +315,10 @@ def streams_backward(
             terms,
             grad_streams is not None,
             read is not None,
-            branch is not None,
             branch_bias is not None,
             single_pass,
             first,
-            min(first + at_once, n),
+            min(first + SUMMED_TOGETHER, n),
         )
         kernel(
             (blocks(num_tokens, tile.tokens),),
@@ -348,56 +342,131 @@ def streams_backward(
     return grad_x, grad_branch, grad_packed
 
 
-def parameter_backward(
+class WeightSums(NamedTuple):
+    """phi's gradient [M, K] and its sums by ``split`` tokens, [splits, M, K], which are it where
+    they need no adding up."""
+
+    weight: Tensor
+    partial: Tensor
+    splits: int
+    accumulates: bool
+
+    @classmethod
+    def empty(
+        cls, num_tokens: int, split: int, weight: Tensor, main_grad: Tensor | None
+    ) -> "WeightSums":
+        """For the sums of a kernel, to be added up in ``main_grad`` if there is one."""
+        splits = blocks(num_tokens, split)
+        grad = torch.empty_like(weight) if main_grad is None else main_grad
+        if splits == 1 and main_grad is None:
+            return cls(grad, grad, splits, False)
+        size = (splits, *weight.shape)
+        partial = torch.empty(size, dtype=torch.float32, device=weight.device)
+        return cls(grad, partial, splits, main_grad is not None)
+
+
+def weight_backward(
     new_streams: Tensor,
     projected: Tensor,
-    partial: Tensor,
-    parameters: Parameters,
+    weight: Tensor,
     *,
     tiles: Tiles,
     main_grad: Tensor | None = None,
-    norm: tuple[Tensor, Tensor] | None = None,
-) -> tuple[ParameterGradients, Tensor | None]:
-    """phi's gradient from all tokens, and the sums of the partials.
-
-    With ``main_grad`` phi's is added to it, the same sum as of the two apart, and is it. ``norm``
-    is a norm's weight and the partial sums of its gradient, which is the last result.
-    """
-    num_tokens, n, channels = Shape.of(new_streams)
-    num_logits, width = parameters.weight.shape
-    tile = tiles.weight_backward
-    splits = blocks(num_tokens, tiles.weight_split)
-    # One allocation of the small ones; the alphas side by side, as the kernel writes them.
-    gap = -num_logits % 4
-    small = torch.empty((num_logits + gap + 3,), dtype=torch.float32, device=new_streams.device)
-    sizes = (num_logits, gap, 1, 1, 1)
-    bias, _, alpha_pre, alpha_post, alpha_res = small.split_with_sizes(sizes)
-    weight = torch.empty_like(parameters.weight) if main_grad is None else main_grad
-    weight_partial = weight
-    reduces = splits > 1 or main_grad is not None
-    if reduces:
-        size = (splits, num_logits, width)
-        weight_partial = torch.empty(size, dtype=torch.float32, device=new_streams.device)
-    weight_kernel = bound.weight_bwd(width, num_logits, new_streams.dtype, tile, tiles.weight_split)
-    weight_kernel(
-        (blocks(width, tile.channels), splits),
-        (new_streams, projected, weight_partial),
+) -> WeightSums:
+    """phi's gradient from all tokens; with ``main_grad`` to be added to it."""
+    num_tokens = Shape.of(new_streams).num_tokens
+    num_logits, width = weight.shape
+    tile, split = tiles.weight_backward, tiles.weight_split
+    sums = WeightSums.empty(num_tokens, split, weight, main_grad)
+    kernel = bound.weight_bwd(width, num_logits, new_streams.dtype, tile, split)
+    kernel(
+        (blocks(width, tile.channels), sums.splits),
+        (new_streams, projected, sums.partial),
         (num_tokens,),
     )
+    return sums
+
+
+def pre_backward(
+    grad_streams: Tensor | None,
+    streams: Tensor,
+    read: ReadGradients,
+    weight: Tensor,
+    *,
+    trains: bool,
+    tiles: Tiles,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, WeightSums | None]:
+    """Of ``pre`` alone: the gradient of the streams, and with ``trains`` phi's."""
+    num_tokens, n, channels = Shape.of(streams)
+    tile, split = tiles.pre_backward, tiles.pre_split
+    grad_x = torch.empty_like(streams)
+    sums = WeightSums.empty(num_tokens, split, weight, main_grad) if trains else None
+    kernel = bound.pre_bwd(
+        n,
+        channels,
+        weight.shape[0],
+        streams.dtype,
+        tile,
+        split,
+        tiles.product_terms,
+        grad_streams is not None,
+        trains,
+    )
+    kernel(
+        (blocks(channels, tile.channels) * n, blocks(num_tokens, split)),
+        (
+            grad_streams,
+            read.u,
+            streams,
+            read.packed,
+            read.projected,
+            read.radial,
+            read.factors,
+            grad_x,
+            None if sums is None else sums.partial,
+        ),
+        (num_tokens,),
+    )
+    return grad_x, sums
+
+
+def parameter_backward(
+    sums: WeightSums,
+    partial: Tensor,
+    shape: Shape,
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+) -> tuple[ParameterGradients, Tensor | None]:
+    """The sums of all partial sums; with ``main_grad`` phi's is it.
+
+    Args:
+        sums: of phi.
+        partial: of the alphas and the bias, from ``mix_backward``.
+        shape: of the streams.
+        norm: a norm's weight and the partial sums of its gradient, which is the last result.
+    """
+    _, n, channels = shape
+    num_logits, width = sums.weight.shape
+    # One allocation of the small ones; the alphas side by side, as the kernel writes them.
+    gap = -num_logits % 4
+    small = torch.empty((num_logits + gap + 3,), dtype=torch.float32, device=partial.device)
+    sizes = (num_logits, gap, 1, 1, 1)
+    bias, _, alpha_pre, alpha_post, alpha_res = small.split_with_sizes(sizes)
     norm_partial = grad_norm = None
     programs = num_logits + 3
     if norm is not None:
         norm_weight, norm_partial = norm
         grad_norm = torch.empty_like(norm_weight)
         programs += blocks(channels, bound.NORM_COLUMNS)
-    if reduces:
+    if sums.splits > 1 or sums.accumulates:
         programs += blocks(num_logits * width, bound.ELEMENTS)
     reduction = bound.reduce_partials(
-        n, channels, num_logits, splits, main_grad is not None, norm is not None
+        n, channels, num_logits, sums.splits, sums.accumulates, norm is not None
     )
     reduction(
         (programs,),
-        (weight_partial, partial, norm_partial, weight, bias, alpha_pre, grad_norm),
+        (sums.partial, partial, norm_partial, sums.weight, bias, alpha_pre, grad_norm),
         (partial.shape[0] // (2 * num_logits),),
     )
-    return ParameterGradients(weight, alpha_pre, alpha_post, alpha_res, bias), grad_norm
+    return ParameterGradients(sums.weight, alpha_pre, alpha_post, alpha_res, bias), grad_norm

@@ -86,7 +86,6 @@ def streams_bwd(
     PRECISION: tl.constexpr,
     HAS_GRAD_Y: tl.constexpr,
     HAS_PRE: tl.constexpr,
-    HAS_POST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -97,7 +96,7 @@ def streams_bwd(
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Of ``post_pre``; of ``post`` without HAS_PRE, of ``pre`` without HAS_POST (y is x).
+    """Of ``post_pre``, and without HAS_PRE of ``post``.
 
     The new streams y are built again from x and the branch, rounded as in the forward pass.
     SINGLE_PASS took H_pre from ``packed``; its gradient goes there. INTERLEAVED as in ``mix_fwd``.
@@ -120,14 +119,13 @@ def streams_bwd(
     grad_x_ptr += first * K
     if HAS_GRAD_Y:
         grad_y_ptr += first * K
-    if HAS_POST:
-        branch_ptr += first * C
-        grad_branch_ptr += first * C
-        if not RELOADS:
-            post = load_coefficients(packed_ptr, N, tokens, live, T, N)
-            res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
-        post_sums = zero_sums(SUMS, BT, BC // VECTOR)
-        res_sums = zero_sums(SUMS * N, BT, BC // VECTOR)
+    branch_ptr += first * C
+    grad_branch_ptr += first * C
+    if not RELOADS:
+        post = load_coefficients(packed_ptr, N, tokens, live, T, N)
+        res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
+    post_sums = zero_sums(SUMS, BT, BC // VECTOR)
+    res_sums = zero_sums(SUMS * N, BT, BC // VECTOR)
     if HAS_PRE:
         grad_u_ptr += first * C
         read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
@@ -145,11 +143,8 @@ def streams_bwd(
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         x = load_streams(x_ptr + rows, c, mask, N, C, BC, "")
-        if HAS_POST:
-            branch = load_branch(
-                branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
-            )
-            grad_branch = tl.zeros([BT, BC], tl.float32)
+        branch = load_branch(branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+        grad_branch = tl.zeros([BT, BC], tl.float32)
         if HAS_PRE:
             u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
@@ -169,24 +164,20 @@ def streams_bwd(
                     PRECISION,
                 )
                 products = separate(products, N, BT, BC)
-        grad_x = ()
-        if HAS_POST:
-            grad_x = zero_sums(N, BT, BC)
-            next_post_sums = ()
-            next_res_sums = ()
+        grad_x = zero_sums(N, BT, BC)
+        next_post_sums = ()
+        next_res_sums = ()
         if SINGLE_PASS:
             next_read_sums = ()
         for o in tl.static_range(FIRST, LAST):
             if RELOADS:
-                if HAS_POST:
-                    post_o = load_coefficients(packed_ptr, N + o, tokens, live, T, 1)[0]
-                    res_o = load_coefficients(packed_ptr, (2 + o) * N, tokens, live, T, N)
+                post_o = load_coefficients(packed_ptr, N + o, tokens, live, T, 1)[0]
+                res_o = load_coefficients(packed_ptr, (2 + o) * N, tokens, live, T, N)
                 if HAS_PRE:
                     read_o = load_coefficients(read_ptr, o, tokens, live, T, 1)[0]
             else:
-                if HAS_POST:
-                    post_o = post[o]
-                    res_o = res[o * N : (o + 1) * N]
+                post_o = post[o]
+                res_o = res[o * N : (o + 1) * N]
                 if HAS_PRE:
                     read_o = read[o]
             grad = tl.zeros([BT, BC], tl.float32)
@@ -194,11 +185,9 @@ def streams_bwd(
                 grad_y_pointers = grad_y_ptr + rows + (o * C + c + columns)[None, :]
                 grad = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
             if HAS_PRE:
-                y = x[o]
-                if HAS_POST:
-                    # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-                    y = post_mix_row(x, branch, post_o, res_o, N)
-                    y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+                # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
+                y = post_mix_row(x, branch, post_o, res_o, N)
+                y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
                 grad += radial[:, None] * y + read_o[:, None] * grad_u
                 if INTERLEAVED:
@@ -221,41 +210,35 @@ def streams_bwd(
                 if SINGLE_PASS and o < STOP:
                     read_sum = read_sums[o - FIRST] + lane_sums(grad_u * y, BT, BC, VECTOR)
                     next_read_sums = next_read_sums + (read_sum,)
-            if HAS_POST:
-                # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-                if o < STOP:
-                    post_sum = post_sums[o - FIRST] + lane_sums(grad * branch, BT, BC, VECTOR)
-                    next_post_sums = next_post_sums + (post_sum,)
-                    for i in tl.static_range(N):
-                        res_sum = res_sums[(o - FIRST) * N + i]
-                        res_sum += lane_sums(grad * x[i], BT, BC, VECTOR)
-                        next_res_sums = next_res_sums + (res_sum,)
-                if WRITES:
-                    grad_branch += post_o[:, None] * grad
-                    mixed = ()
-                    for i in tl.static_range(N):
-                        mixed = mixed + (grad_x[i] + res_o[i][:, None] * grad,)
-                    grad_x = mixed
-            else:
-                grad_x = grad_x + (grad,)
+            # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
+            if o < STOP:
+                post_sum = post_sums[o - FIRST] + lane_sums(grad * branch, BT, BC, VECTOR)
+                next_post_sums = next_post_sums + (post_sum,)
+                for i in tl.static_range(N):
+                    res_sum = res_sums[(o - FIRST) * N + i]
+                    res_sum += lane_sums(grad * x[i], BT, BC, VECTOR)
+                    next_res_sums = next_res_sums + (res_sum,)
+            if WRITES:
+                grad_branch += post_o[:, None] * grad
+                mixed = ()
+                for i in tl.static_range(N):
+                    mixed = mixed + (grad_x[i] + res_o[i][:, None] * grad,)
+                grad_x = mixed
         if WRITES:
             for i in tl.static_range(N):
                 pointers = grad_x_ptr + rows + (i * C + c + columns)[None, :]
                 tl.store(pointers, grad_x[i].to(grad_x_ptr.dtype.element_ty), mask=mask)
-        if HAS_POST:
-            post_sums = next_post_sums
-            res_sums = next_res_sums
-            if WRITES:
-                pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
-                tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
+            pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
+            tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
+        post_sums = next_post_sums
+        res_sums = next_res_sums
         if SINGLE_PASS:
             read_sums = next_read_sums
 
-    if HAS_POST:
-        if SINGLE_PASS:
-            store_sums(grad_packed_ptr, read_sums, FIRST, tokens, live, T, SUMS)
-        else:
-            for row in tl.static_range(FIRST, STOP):
-                tl.store(grad_packed_ptr + row * T + tokens, tl.zeros([BT], tl.float32), mask=live)
-        store_sums(grad_packed_ptr, post_sums, N + FIRST, tokens, live, T, SUMS)
-        store_sums(grad_packed_ptr, res_sums, (2 + FIRST) * N, tokens, live, T, SUMS * N)
+    if SINGLE_PASS:
+        store_sums(grad_packed_ptr, read_sums, FIRST, tokens, live, T, SUMS)
+    else:
+        for row in tl.static_range(FIRST, STOP):
+            tl.store(grad_packed_ptr + row * T + tokens, tl.zeros([BT], tl.float32), mask=live)
+    store_sums(grad_packed_ptr, post_sums, N + FIRST, tokens, live, T, SUMS)
+    store_sums(grad_packed_ptr, res_sums, (2 + FIRST) * N, tokens, live, T, SUMS * N)

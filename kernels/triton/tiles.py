@@ -30,12 +30,12 @@ class Tiles:
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
         mix_backward_norm: ``mix_bwd`` with the gradient of a norm, which has 2 n + 1 sums per token
             and not n; None for ``mix_backward``.
-        streams_backward: ``streams_bwd``, the gradients of streams and branch; tokens at least 16.
-        pre: ``mix_fwd`` of ``pre`` alone; None for ``mix``.
-        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices; None for
-            ``streams_backward``.
-        pre_backward: ``streams_bwd`` of ``pre`` alone, which sums nothing over channels; None for
-            ``streams_backward``.
+        streams_backward: ``streams_bwd`` of ``post_pre``, the gradients of streams and branch;
+            tokens at least 16.
+        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices.
+        pre_backward: ``pre_bwd``, the gradients of the streams and phi; tokens at least 16.
+        pre_split: tokens per program of ``pre_bwd``, a multiple of its tile's; each split costs
+            M * n * C float32 numbers written and read.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
         weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
             make 320 programs of 4096 tokens and 4 x 2560 channels.
@@ -49,11 +49,11 @@ class Tiles:
     rebuild: Tile
     mix_backward: Tile
     streams_backward: Tile
+    post_backward: Tile
+    pre_backward: Tile
     weight_backward: Tile
     mix_backward_norm: Tile | None = None
-    pre: Tile | None = None
-    post_backward: Tile | None = None
-    pre_backward: Tile | None = None
+    pre_split: int = 1024
     weight_split: int = 1024
     product_terms: int = 3
 
@@ -75,6 +75,8 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=16, num_stages=1),
+            post_backward=Tile(tokens=16, channels=16, num_stages=1),
+            pre_backward=Tile(tokens=32, channels=64, num_warps=8, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
     if dtype != torch.bfloat16:
@@ -85,6 +87,8 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=32, num_stages=2),
+            post_backward=Tile(tokens=16, channels=32, num_stages=2),
+            pre_backward=Tile(tokens=32, channels=64, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
     # Measured on an H100 at T = 4096, C = 2560 (docs/performance.md).
@@ -98,6 +102,8 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             # In the tile above it would spill; not measured.
             mix_backward_norm=Tile(tokens=16, channels=128),
             streams_backward=Tile(tokens=16, channels=128, num_stages=1),
+            post_backward=Tile(tokens=16, channels=128, num_stages=1),
+            pre_backward=Tile(tokens=32, channels=128),
             weight_backward=Tile(tokens=64, channels=64),
             weight_split=2048,
         )
@@ -107,6 +113,8 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         rebuild=Tile(tokens=16, channels=128, num_stages=1),
         mix_backward=Tile(tokens=16, channels=128),
         streams_backward=Tile(tokens=32, channels=64, num_warps=8),
+        post_backward=Tile(tokens=4, channels=256, num_stages=1),
+        pre_backward=Tile(tokens=32, channels=128),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
     )

@@ -112,13 +112,19 @@ class StepGraph:
             for chunk in batches
         ]
         graph = torch.cuda.CUDAGraph()
-        for state in get_all_rng_states().values():
-            graph.register_generator_state(state)
+        generators = list(get_all_rng_states().values())
+        for generator in generators:
+            graph.register_generator_state(generator)
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        # A capture that fails leaves generators that count on inside a graph.
+        before = [generator.clone_state() for generator in generators]
         try:
             # Other threads, as NCCL's, may ask for their events meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._reports = run(self._batches)
         except RuntimeError as error:
+            for generator, state in zip(generators, before, strict=True):
+                generator.graphsafe_set_state(state)
             raise UserError(
                 f"cuda_graph=True: the step cannot be captured: {_origin(error)}; set "
                 "cuda_graph=False"

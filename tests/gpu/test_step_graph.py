@@ -91,8 +91,13 @@ def test_a_step_that_asks_the_gpu_is_refused() -> None:
     for _ in range(EAGER_STEPS):
         batch = {"x": torch.ones(2, device="cuda")}
         assert step(data_iterator=iter([batch]), num_microbatches=1) == [2.0]
+    state = torch.cuda.get_rng_state()
+    expected = torch.rand(8, device="cuda")
+    torch.cuda.set_rng_state(state)
     with pytest.raises(UserError, match=r"cannot be captured: .*set cuda_graph=False"):
         step(data_iterator=iter([batch]), num_microbatches=1)
+    # Random numbers go on where they were.
+    assert torch.equal(torch.rand(8, device="cuda"), expected)
 
 
 def test_micro_batches_of_another_shape_are_refused() -> None:

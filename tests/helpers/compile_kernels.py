@@ -161,9 +161,16 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     inverse_rms = [meta(tokens), *[None] * REBUILT]
     norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
     launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
-    backward = {"tile": tiles.streams_backward, "terms": tiles.product_terms}
     launch.streams_backward(
-        streams, streams, branch, None, packed, None, single_pass=False, **backward
+        streams,
+        streams,
+        branch,
+        None,
+        packed,
+        None,
+        single_pass=False,
+        tile=tiles.post_backward,
+        terms=tiles.product_terms,
     )
     factors = launch.factor_weight(parameters.weight, streams)
     norm = Norm(meta(channels, dtype=dtype), 1e-5)
@@ -197,20 +204,26 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             tile=(has_norm and tiles.mix_backward_norm) or tiles.mix_backward,
         )
         read = launch.ReadGradients(u, new_packed, projected, radial, factors)
-        grad = streams if has_branch else None
-        launch.streams_backward(grad, streams, *post, read, single_pass=single_pass, **backward)
-    sums = (norm.weight, norm_gradients.weight_partial)
-    into = meta(num_logits, n * channels)
-    for main_grad, of_norm in ((None, None), (into, None), (None, sums)):
-        launch.parameter_backward(
-            new_streams,
-            projected,
-            partial,
-            parameters,
-            tiles=tiles,
-            main_grad=main_grad,
-            norm=of_norm,
+        if has_branch:
+            launch.streams_backward(
+                streams,
+                streams,
+                *post,
+                read,
+                single_pass=single_pass,
+                tile=tiles.streams_backward,
+                terms=tiles.product_terms,
+            )
+            continue
+        for grad, trains in ((streams, True), (None, False)):
+            launch.pre_backward(grad, streams, read, parameters.weight, trains=trains, tiles=tiles)
+    of_weight = (norm.weight, norm_gradients.weight_partial)
+    into, shape = meta(num_logits, n * channels), launch.Shape.of(streams)
+    for main_grad, of_norm in ((None, None), (into, None), (None, of_weight)):
+        sums = launch.weight_backward(
+            new_streams, projected, parameters.weight, tiles=tiles, main_grad=main_grad
         )
+        launch.parameter_backward(sums, partial, shape, norm=of_norm)
 
 
 def messages(n: int, channels: int, dtype: torch.dtype) -> None:

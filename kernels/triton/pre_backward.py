@@ -1,0 +1,102 @@
+"""Backward of ``pre`` alone, second pass: the gradients of the streams and of phi, read once."""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.streams_backward import load_projected
+from mhc_megatron.kernels.triton.tile_math import channel_mask, dot, load_weight
+
+
+@triton.jit
+def pre_bwd(
+    grad_y_ptr,
+    grad_u_ptr,
+    x_ptr,
+    packed_ptr,
+    projected_ptr,
+    radial_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    weight_partial_ptr,
+    T,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_GRAD_Y: tl.constexpr,
+    TRAINS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of SPLIT tokens and BC channels of one stream, and with TRAINS of phi's columns there.
+
+    Nothing is summed over channels here, so a program keeps its columns of phi for all its tokens.
+    ``weight`` is phi, [PARTS, M, K], INTERLEAVED as in ``mix_fwd``; ``weight_partial``:
+    [splits, M, K] float32.
+    """
+    T = tl.cast(T, tl.int64)
+    K: tl.constexpr = N * C
+    # Neighbours share the gradient of u, and find it in L2.
+    stream = tl.program_id(0) % N
+    c = tl.program_id(0) // N * BC
+    split = tl.program_id(1).to(tl.int64)
+    first = split * SPLIT
+    last = tl.minimum(first + SPLIT, T)
+    channels = c + tl.arange(0, BC)
+    present = channels < C
+    columns = stream * C + channels
+    rows = tl.arange(0, BT)[:, None]
+
+    phi_columns = channels * N + stream if INTERLEAVED else columns
+    phi_rows = weight_ptr + tl.arange(0, MP)[:, None] * K
+    phi_live = tl.arange(0, MP) < M
+    weight = load_weight(phi_rows, phi_columns, present, phi_live)
+    weight_low = weight
+    if TERMS == 3:
+        weight_low = load_weight(phi_rows + M * K, phi_columns, present, phi_live)
+    m = tl.arange(0, PARTS * ROWS) % ROWS
+    parts = tl.arange(0, PARTS * ROWS) // ROWS
+    sums = tl.zeros([PARTS * ROWS, BC], tl.float32)
+    for step in tl.range(0, tl.cast(last - first, tl.int32), BT, num_stages=STAGES):
+        start = first + step
+        tokens = start + tl.arange(0, BT)
+        live = tokens < last
+        mask = channel_mask(live, c, C, BC)
+        x_pointers = x_ptr + start * K + rows * K + columns[None, :]
+        x = tl.load(x_pointers, mask=mask, other=0.0)
+        u_pointers = grad_u_ptr + start * C + rows * C + channels[None, :]
+        grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+        read = tl.load(packed_ptr + stream * T + tokens, mask=live, other=0.0)
+        radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
+        grad = tl.zeros([BT, BC], tl.float32)
+        if HAS_GRAD_Y:
+            y_pointers = grad_y_ptr + start * K + rows * K + columns[None, :]
+            grad = tl.load(y_pointers, mask=mask, other=0.0).to(tl.float32)
+        # three uses of x: raw's product with phi, its division by the RMS, and the read
+        grad += radial[:, None] * x.to(tl.float32) + read[:, None] * grad_u
+        high = load_projected(projected_ptr, 0, tokens, live, T, M, MP)
+        product = dot(high, weight, tl.zeros([BT, BC], tl.float32), PRECISION)
+        if TERMS >= 2:
+            low = load_projected(projected_ptr, 1, tokens, live, T, M, MP)
+            product = dot(low, weight, product, PRECISION)
+        if TERMS == 3:
+            product = dot(high, weight_low, product, PRECISION)
+        x_gradient = grad_x_ptr + start * K + rows * K + columns[None, :]
+        tl.store(x_gradient, (grad + product).to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if TRAINS:
+            # grad_phi = grad_projected^T vec(x)
+            pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
+            projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
+            sums = dot(projected, x.to(projected_ptr.dtype.element_ty), sums, PRECISION)
+    if TRAINS:
+        total = tl.sum(tl.reshape(sums, [PARTS, ROWS, BC]), axis=0)
+        row = tl.arange(0, ROWS)[:, None]
+        pointers = weight_partial_ptr + (split * M + row) * K + columns[None, :]
+        tl.store(pointers, total, mask=(row < M) & present[None, :])
