@@ -130,29 +130,34 @@ def step_graph(lines: list[Line]) -> str:
 
 
 def training(lines: list[Line]) -> str:
-    """Final losses of a model in bf16 and each FP8 recipe, by the script's last run."""
-    lines = [line for line in lines if line["run"] == lines[-1]["run"]]
-    rows: dict[tuple[str, str], dict[int | None, Line]] = {}
-    repeats: dict[tuple[str, str], bool] = {}
+    """Final losses of a model in bf16 and each FP8 recipe, a column per run of the script."""
+    lines = [line for line in lines if "seed" in line["shape"]]
+    runs = {line["run"]: line for line in lines}
+    rows: dict[tuple[str, str], dict[str, Line]] = {}
+    repeats: dict[tuple[str, str], set[bool]] = {}
     for line in lines:
         key = (line["impl"], line["shape"]["dtype"])
-        rows.setdefault(key, {})[line["shape"].get("seed")] = line
+        rows.setdefault(key, {}).setdefault(line["run"], line)
         if "deterministic" in line:
-            repeats[key] = line["deterministic"]
+            repeats.setdefault(key, set()).add(line["deterministic"])
     body = []
-    for (implementation, dtype), by_seed in rows.items():
-        found = [line for line in by_seed.values() if "ratio_to_bf16" in line]
-        ratios = [100 * (line["ratio_to_bf16"] - 1) for line in found]
+    for (implementation, dtype), by_run in sorted(rows.items(), key=_bf16_first):
+        cells = []
+        for run in runs:
+            line = by_run.get(run, {})
+            ratio = line.get("ratio_to_bf16")
+            more = "" if dtype == "bf16" or ratio is None else f", {100 * (ratio - 1):+.1f} %"
+            cells.append(f"{line['value']:.3f}{more}" if line else "")
         same = repeats.get((implementation, dtype))
-        body.append(
-            [
-                *("plain" if implementation == PLAIN else "mHC", dtype),
-                ", ".join(f"{line['value']:.3f}" for line in found),
-                "" if dtype == "bf16" else ", ".join(f"{ratio:+.1f} %" for ratio in ratios),
-                "" if same is None else "the same bits" if same else "other bits",
-            ]
-        )
-    return markdown(["residual", "branches", "final loss", "against bf16", "repeated"], body)
+        bits = "" if same is None else "the same bits" if same == {True} else "other bits"
+        body.append(["plain" if implementation == PLAIN else "mHC", dtype, *cells, bits])
+    names = [f"{line['commit'][:7]}, seed {line['shape']['seed']}" for line in runs.values()]
+    return markdown(["residual", "branches", *names, "repeated"], body)
+
+
+def _bf16_first(item: tuple[tuple[str, str], object]) -> tuple[bool, bool, str]:
+    (implementation, dtype), _ = item
+    return implementation == PLAIN, dtype != "bf16", dtype
 
 
 def messages(lines: list[Line]) -> str:

@@ -76,7 +76,8 @@ def test_pipelines_on_a_gpu_have_the_bits_of_a_loop_and_the_comparison_sees() ->
         newest[line["impl"], shape["ranks"], shape["overlap"]] = line
     names = [f"mhc_megatron.{name}" for name in ("zb_h1", "dualpipe_v", "dualpipe")]
     expected = {(name, ranks, "none") for name in names for ranks in (4, 8)}
-    assert newest.keys() == expected | {("mhc_megatron.dualpipe_v", 4, "all")}
+    overlaps = {("mhc_megatron.dualpipe_v", 4, overlap) for overlap in ("recompute", "all")}
+    assert newest.keys() == expected | overlaps
     for line in newest.values():
         assert (line["seeds"], line["mismatches"]) == (200, 0)
         assert line["control"]["mismatches"] > line["control"]["seeds"] // 2
@@ -96,7 +97,10 @@ def test_gradients_do_not_change_with_the_policy_under_memory_pressure() -> None
     for line in stress:
         assert (line["value"], line["steps"]) == (0, 500)
         assert line.get("alloc_retries", 1) > 0
-        assert line.get("control", {"mismatches": 1})["mismatches"] > 0
+    # Experts' counts make the host wait, which hides what is freed too early: dense layers show it.
+    controls = {line["shape"]["model"]: line["control"] for line in stress if "control" in line}
+    assert controls.keys() == {"dense", "experts"}
+    assert controls["dense"]["mismatches"] > 0
 
 
 def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
