@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_table.py benchmarks/results/h100/kernels.jsonl
 
-Graph replays only: all of the commit that was measured last beside peers, then ``post_pre`` of
-every commit, then expand and the contractions as they were measured last. Of a figure that was
-measured twice the last counts.
+Graph replays: all of the commit that was measured last beside peers, then ``post_pre`` of
+every commit, then expand and the contractions as they were measured last, then the host's times of
+launches without a graph. Of a figure that was measured twice the last counts.
 """
 
 import json
@@ -65,6 +65,19 @@ def ends(lines: list[Line]) -> str:
     return markdown(["T, C, n", "operation", *_METRICS.values()], body)
 
 
+def host(lines: list[Line]) -> str:
+    """The host's time for forward and backward, and for a function without work, of the commit
+    that was measured last beside peers."""
+    commit = commit_with_peers(lines)
+    found = [line for line in lines if line["launch"] == "host" and line["commit"] == commit]
+    body = [
+        [_shape(line), line["impl"], f"{line['value']:.0f} us", f"{line['floor']:.0f} us"]
+        for line in found
+        if not is_end(line)
+    ]
+    return markdown(["T, C, n", "implementation", "host", "without work"], body)
+
+
 def read(path: Path) -> list[Line]:
     """The lines of a results file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -90,4 +103,4 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     found = read(Path(sys.argv[1]))
-    print(latest(found), history(found), ends(found), sep="\n\n")
+    print(latest(found), history(found), ends(found), host(found), sep="\n\n")
