@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mhc_megatron.launch.floors import floors_of
+from mhc_megatron.launch.floors import Floors, floors_of
 from mhc_megatron.launch.gpus import POWER_CAP, Gpu
 
 _GB = 1e9
@@ -158,10 +158,7 @@ def _gpu_problems(one: Measurement, limits: Limits, typical: float) -> Iterator[
         yield f"{name} multiplies wrongly"
     if one.gpu_used_bytes is None:
         return  # the speed of a CPU depends on what else runs on it
-    known = floors_of(one.gpu_name)
-    floor = limits.min_matmul_tflops
-    if floor is None:
-        floor = known.matmul_tflops if known else 0.0
+    floor = _floors(one, limits).matmul_tflops
     if one.product_tflops * limits.max_slowdown < typical:
         yield f"{name} multiplies {typical / one.product_tflops:.1f} x slower than the others"
     elif one.product_tflops < floor:
@@ -184,15 +181,22 @@ def _gpu_problems(one: Measurement, limits: Limits, typical: float) -> Iterator[
 
 
 def _node_problems(one: Measurement, limits: Limits) -> Iterator[str]:
-    floor = limits.min_node_bandwidth
-    if floor is None:
-        known = floors_of(one.gpu_name)
-        floor = known.node_bandwidth if known else 0.0
+    floor = _floors(one, limits).node_bandwidth
     if _below(one.node_bandwidth, floor):
         yield (
             f"an all-reduce inside it reaches {one.node_bandwidth:.3g} GB/s, below "
             f"--min-node-bandwidth {floor:g}"
         )
+
+
+def _floors(one: Measurement, limits: Limits) -> Floors:
+    """The limits that are set, else those of the GPU's kind, else none (0)."""
+    known = floors_of(one.gpu_name) or Floors(0.0, 0.0)
+    matmul, bandwidth = limits.min_matmul_tflops, limits.min_node_bandwidth
+    return Floors(
+        known.matmul_tflops if matmul is None else matmul,
+        known.node_bandwidth if bandwidth is None else bandwidth,
+    )
 
 
 def _below(measured: float | None, limit: float) -> bool:

@@ -33,6 +33,7 @@ _MAY_READ_ENVIRONMENT = ("mhc_megatron.launch", "mhc_megatron.megatron.compat")
 _PURE = (
     "mhc_megatron.config",
     "mhc_megatron.errors",
+    "mhc_megatron.refusals",
     "mhc_megatron.training.config",
     "mhc_megatron.training.layout",
     "mhc_megatron.training.overrides",

@@ -6,6 +6,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.chain import LayerChain, chain_of
 from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.phases import OverlapMode, stage_phases
+from mhc_megatron.refusals import refuse_first
 
 
 def mark_phases(
@@ -59,34 +60,43 @@ def reject_unsupported_overlap(chain: LayerChain | None, mode: OverlapMode) -> L
             "parallel.overlap='post', or mhc.recompute='auto'"
         )
     moe = config.num_moe_experts is not None
-    for condition, option, reason in (
+    refusals = (
         (
             config.recompute_granularity == "full",
             "recompute_granularity='full'",
             "a checkpointed layer runs its whole backward at once",
+            "change one of them",
         ),
-        (config.fp8, "fp8", "no test shows that amax histories stay those of a serial run"),
+        (
+            config.fp8,
+            "fp8",
+            "no test shows that amax histories stay those of a serial run",
+            "change one of them",
+        ),
         (
             moe and config.moe_token_dispatcher_type != "alltoall",
             f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}",
             "only the all-to-all dispatcher's exchanges are known to be one call each",
+            "change one of them",
         ),
         (
             moe and config.moe_shared_expert_overlap,
             "moe_shared_expert_overlap=True",
             "it has a stream of its own between the same exchanges",
+            "change one of them",
         ),
         (
             config.recompute_granularity == "selective" and "moe" in config.recompute_modules,
             "recompute_modules with 'moe'",
             "a checkpointed MoE layer runs its whole backward at once",
+            "change one of them",
         ),
         (
             getattr(config, "cuda_graph_impl", "none") != "none",
             f"cuda_graph_impl={getattr(config, 'cuda_graph_impl', None)!r}",
             "a captured layer has no boundaries inside",
+            "change one of them",
         ),
-    ):
-        if condition:
-            raise UserError(f"{where} does not combine with {option}: {reason}; change one of them")
+    )
+    refuse_first(where, refusals, what_first=True)
     return chain

@@ -1,5 +1,7 @@
 """Megatron options that a hyper-connected layer would have to ignore: refused, with the remedy."""
 
+from collections.abc import Iterator
+
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -7,6 +9,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.compat import require_transformer_engine_where_core_does
+from mhc_megatron.refusals import Refusal, refuse_first
 
 
 def _is_identity(module: object) -> bool:
@@ -20,31 +23,32 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         config: the model's configuration.
         submodules: the layer's submodules, from a stock spec.
     """
-
-    def refuse(condition: object, option: str, reason: str, remedy: str) -> None:
-        if condition:
-            raise UserError(f"{option} does not combine with hyper-connections: {reason}; {remedy}")
-
     require_transformer_engine_where_core_does(config)
-    refuse(
+    refuse_first("hyper-connections", _unsupported(config, submodules))
+
+
+def _unsupported(
+    config: TransformerConfig, submodules: TransformerLayerSubmodules
+) -> Iterator[Refusal]:
+    yield (
         not _is_identity(submodules.cross_attention),
         "cross attention",
         "the layer has two residual branches, attention and MLP",
         "use a decoder-only spec",
     )
-    refuse(
+    yield (
         config.hidden_dropout > 0,
         f"hidden_dropout={config.hidden_dropout}",
         "the branch output is mixed into n streams without dropout",
         "set hidden_dropout=0",
     )
-    refuse(
+    yield (
         config.fp32_residual_connection,
         "fp32_residual_connection=True",
         "the streams have the layers' dtype and the mixing is summed in float32 already",
         "set it to False",
     )
-    refuse(
+    yield (
         getattr(config, "fused_residual_rmsnorm", False),
         "fused_residual_rmsnorm=True",
         "its norm hands its input on as the residual, which here are the streams",
@@ -52,7 +56,7 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
     )
     if config.recompute_granularity == "selective":
         lost = {"layernorm", "mlp"} & set(config.recompute_modules or ())
-        refuse(
+        yield (
             lost,
             f"recompute_modules={sorted(lost)}",
             "these are re-run by the stock layer's forward, which hyper-connections replace",
@@ -61,7 +65,7 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         )
     # 0.16 says enable_cuda_graph / external_cuda_graph / cuda_graph_impl, 0.19 the last only.
     graphs = getattr(config, "cuda_graph_impl", "none")
-    refuse(
+    yield (
         graphs != "none"
         or getattr(config, "enable_cuda_graph", False)
         or getattr(config, "external_cuda_graph", False),
@@ -71,13 +75,13 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
         "set cuda_graph_impl='none' (cuda_graph=True of mhc-megatron train captures dense models)",
     )
     offloaded = {"attn_norm", "mlp_norm"} & set(getattr(config, "offload_modules", None) or ())
-    refuse(
+    yield (
         getattr(config, "fine_grained_activation_offloading", False) and offloaded,
         f"offload_modules={sorted(offloaded)}",
         "the norms are offloaded by the stock layer's forward",
         "leave the norms out of offload_modules",
     )
-    refuse(
+    yield (
         getattr(config, "inference_fuse_tp_communication", False),
         "inference_fuse_tp_communication=True",
         "it adds the residual inside the branch",
@@ -85,13 +89,13 @@ def reject_unsupported(config: TransformerConfig, submodules: TransformerLayerSu
     )
     for option in ("mlp_chunks_for_prefill", "mlp_chunks_for_training"):
         chunks = getattr(config, option, 1)
-        refuse(
+        yield (
             chunks > 1,
             f"{option}={chunks}",
             "the MLP is chunked by the stock layer's forward",
             f"set {option}=1",
         )
-    refuse(
+    yield (
         getattr(config, "overlap_moe_expert_parallel_comm", False),
         "overlap_moe_expert_parallel_comm=True",
         "its schedule drives the stock layer's private steps",
@@ -113,7 +117,7 @@ def reject_unsupported_recompute(config: TransformerConfig, mhc: MHCConfig) -> N
             "recompute_granularity='full'",
             "set recompute='none', or recompute_granularity='selective'",
         )
-    for condition, option, reason, remedy in (
+    refusals = (
         (
             config.cpu_offloading,
             "cpu_offloading=True",
@@ -132,12 +136,8 @@ def reject_unsupported_recompute(config: TransformerConfig, mhc: MHCConfig) -> N
             "norms would be run again outside autocast, in another dtype",
             "set it to False, or recompute='none'",
         ),
-    ):
-        if condition:
-            raise UserError(
-                f"{option} does not combine with recompute={mhc.recompute!r} of the "
-                f"hyper-connections: {reason}; {remedy}"
-            )
+    )
+    refuse_first(f"recompute={mhc.recompute!r} of the hyper-connections", refusals)
 
 
 def reject_unsupported_single_pass(config: TransformerConfig, mhc: MHCConfig) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.pretrain.options import respelled
+from mhc_megatron.refusals import refuse_first
 from mhc_megatron.training.layout import ParallelConfig
 
 _FLAGS = {
@@ -85,7 +86,7 @@ def _reject_arguments(args: Namespace, pipeline: Mapping[str, str]) -> None:
     evaluated = (args.eval_global_batch_size, args.eval_micro_batch_size)
     trained = (args.global_batch_size, args.micro_batch_size)
     virtual = args.virtual_pipeline_model_parallel_size
-    for condition, option, reason, remedy in (
+    refusals = (
         (
             virtual is not None,
             f"{virtual} virtual pipeline stages",
@@ -141,6 +142,5 @@ def _reject_arguments(args: Namespace, pipeline: Mapping[str, str]) -> None:
             "a checkpointed layer runs its whole backward at once",
             "leave it out, and use --mhc-recompute=auto",
         ),
-    ):
-        if condition:
-            raise UserError(f"{option} does not combine with {where}: {reason}; {remedy}")
+    )
+    refuse_first(where, refusals)

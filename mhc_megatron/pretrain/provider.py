@@ -13,6 +13,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.p2p import reject_mixed_up_messages
 from mhc_megatron.megatron.spec import block_of_layers, with_hyper_connections
 from mhc_megatron.pretrain.buffers import float32_buffers_first
+from mhc_megatron.refusals import refuse_first
 
 
 def hyper_connect_provider(provider: Any, mhc: MHCConfig) -> None:
@@ -61,7 +62,7 @@ def _reject_options(provider: Any) -> None:
     backend = getattr(provider.attention_backend, "name", None)
     num_ranks = provider.pipeline_model_parallel_size
     allgather = provider.moe_token_dispatcher_type == "allgather"
-    for condition, option, reason, remedy in (
+    refusals = (
         (
             getattr(provider, "use_transformer_engine_op_fuser", False),
             "use_transformer_engine_op_fuser=True",
@@ -105,6 +106,5 @@ def _reject_options(provider: Any) -> None:
             "it needs one shape for all messages",
             "use alltoall",
         ),
-    ):
-        if condition:
-            raise UserError(f"{option} does not combine with hyper-connections: {reason}; {remedy}")
+    )
+    refuse_first("hyper-connections", refusals)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.refusals import refuse_first
 
 _HYBRID = (
     "its Mamba, attention and MLP layers are classes of their own, one branch each, and "
@@ -42,7 +43,7 @@ def reject_arguments(args: Namespace) -> None:
         args.load is not None and not args.no_load_optim
     )
     virtual = args.virtual_pipeline_model_parallel_size
-    for condition, option, reason, remedy in (
+    refusals = (
         (args.hybrid_layer_pattern, "--hybrid-layer-pattern", _HYBRID, "leave it out"),
         (
             args.heterogeneous_layers_config_path,
@@ -78,7 +79,7 @@ def reject_arguments(args: Namespace) -> None:
         (args.use_torch_fsdp2, "--use-torch-fsdp2", _WRAPPER, "use DDP"),
         (
             half and not args.use_distributed_optimizer,
-            half,
+            str(half),
             "Megatron's other half-precision optimizer cannot checkpoint a model whose "
             "hyper-connections stay float32",
             "add --use-distributed-optimizer",
@@ -96,6 +97,5 @@ def reject_arguments(args: Namespace) -> None:
             "the pipeline's communicator would keep the process groups of before the restart",
             "restart the processes",
         ),
-    ):
-        if condition:
-            raise UserError(f"{option} does not combine with hyper-connections: {reason}; {remedy}")
+    )
+    refuse_first("hyper-connections", refusals)

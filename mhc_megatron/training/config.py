@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.refusals import refuse_first
 from mhc_megatron.training.guard import GuardConfig
 from mhc_megatron.training.layout import ParallelConfig, require_positive
 
@@ -289,43 +290,39 @@ class TrainConfig:
             self._check_graph()
 
     def _check_graph(self) -> None:
-        for refused, option, reason, remedy in (
+        refusals = (
             (
                 self.model.num_moe_experts is not None,
                 f"model.num_moe_experts={self.model.num_moe_experts}",
                 "the host reads how many tokens each expert has",
-                "use a dense model",
+                "use a dense model, or set cuda_graph=False",
             ),
             (
                 self.dtype == "fp16",
                 "dtype='fp16'",
                 "the loss scale would stay what it was when the step was captured",
-                "use bf16",
+                "use bf16, or set cuda_graph=False",
             ),
             (
                 self.parallel.context > 1,
                 f"parallel.context={self.parallel.context}",
                 "Megatron copies indices from the host while it slices micro-batches",
-                "use parallel.context=1",
+                "use parallel.context=1, or set cuda_graph=False",
             ),
             (
                 self.parallel.overlap != "none",
                 f"parallel.overlap={self.parallel.overlap!r}",
                 "no test has captured the two threads of an overlap",
-                "use parallel.overlap='none'",
+                "use parallel.overlap='none', or set cuda_graph=False",
             ),
             (
                 self.recompute != "none",
                 f"recompute={self.recompute!r}",
                 "Megatron's recompute copies the states of random numbers to the host",
-                "use recompute='none', with mhc.recompute as you like",
+                "use recompute='none', with mhc.recompute as you like, or set cuda_graph=False",
             ),
-        ):
-            if refused:
-                raise UserError(
-                    f"cuda_graph=True does not combine with {option}: {reason}; {remedy}, or set "
-                    "cuda_graph=False"
-                )
+        )
+        refuse_first("cuda_graph=True", refusals, what_first=True)
 
     def _check_fp8(self) -> None:
         history, algorithm = self.fp8_amax_history_len, self.fp8_amax_compute_algo
