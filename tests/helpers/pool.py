@@ -17,7 +17,7 @@ import torch
 from mhc_megatron.launch.port import reserved_port
 
 # What nearly every job needs; none of it starts a thread, so that a process can be forked with it.
-_IMPORTED_ONCE = ["torch", "mhc_megatron.training.trainer", "mhc_megatron.report.tensorboard"]
+_IMPORTED_ONCE = ["torch", "mhc_megatron.training.loop", "mhc_megatron.report.tensorboard"]
 # Process groups that outlive their test keep threads that poll: after so many, begin anew.
 _MOST_JOBS = 40
 
@@ -40,13 +40,18 @@ def _die_with(parent: Any) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _work(rank: int, jobs: Any, results: Any) -> None:
+def _work(rank: int, jobs: Any, results: Any, saved: Any) -> None:
     # A process group of its own: Megatron's checkpoint writer forks, and all must go together.
     os.setpgrp()
     parent = multiprocessing.parent_process()
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # Megatron would make one at the first save, whose manager, a process, would import torch then.
+    filesystem_async._results_queue = saved
+    gc.freeze()  # what is imported is no garbage; to look through it takes longer than many a job
     while True:
         function, arguments, world_size, port = jobs.get()
         os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -71,12 +76,14 @@ class WorkerPool:
         context = process_context()
         self.timeout = timeout
         self.num_jobs = 0
+        self.manager = context.Manager()
+        self.saved = [self.manager.Queue() for _ in range(size)]
         self.results = context.Queue()
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [
             # Not daemonic: Megatron's checkpoint writer starts processes of its own.
-            context.Process(target=_work, args=(rank, jobs, self.results))
-            for rank, jobs in enumerate(self.jobs)
+            context.Process(target=_work, args=(rank, jobs, self.results, saved))
+            for rank, (jobs, saved) in enumerate(zip(self.jobs, self.saved, strict=True))
         ]
         for process in self.processes:
             process.start()
@@ -139,3 +146,4 @@ class WorkerPool:
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
+        self.manager.shutdown()
