@@ -1,11 +1,13 @@
 """benchmarks/pipeline_gpu.py: virtual ranks of GPT chunks equal a serial run, and a fault shows."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.one_core
 
@@ -44,18 +46,12 @@ def test_overlapped_schedules_equal_the_serial_run(tmp_path: Path) -> None:
         assert (line["seeds"], line["mismatches"], line["deterministic"]) == (3, 0, True)
 
 
-# In a process of its own, whose only path is that of the scripts.
-FAULTS = f"""
-import sys
-sys.path.insert(0, {str(BENCHMARKS)!r})
-import torch
-from virtual_ranks import Step
-a = Step(torch.tensor([1.0, 2.0]), {{"w": torch.ones(3), "v": torch.zeros(2)}})
-b = Step(torch.tensor([1.0, 2.0]), {{"w": torch.ones(3), "v": torch.tensor([0.0, 1e-30])}})
-c = Step(torch.tensor([1.0, float("nan")]), a.gradients)
-print(a.differences(a), a.differences(b), c.differences(c), sep=";")
-"""
-
-
-def test_a_single_bit_and_a_nan_are_differences() -> None:
-    assert python("-c", FAULTS).strip() == "[];['v'];['losses', 'losses not finite']"
+def test_a_single_bit_and_a_nan_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    step = importlib.import_module("virtual_ranks").Step
+    a = step(torch.tensor([1.0, 2.0]), {"w": torch.ones(3), "v": torch.zeros(2)})
+    b = step(a.losses, {"w": torch.ones(3), "v": torch.tensor([0.0, 1e-30])})
+    c = step(torch.tensor([1.0, float("nan")]), a.gradients)
+    assert a.differences(a) == []
+    assert a.differences(b) == ["v"]
+    assert c.differences(c) == ["losses", "losses not finite"]
