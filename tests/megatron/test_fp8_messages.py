@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 from helpers import training
 from helpers.pool import WorkerPool
 
@@ -20,6 +21,7 @@ def losses(workers: WorkerPool, config: TrainConfig, **layout: object) -> list[f
     return first
 
 
+@pytest.mark.one_core
 def test_schedules_with_the_same_hops_agree(workers: WorkerPool, tmp_path: Path) -> None:
     train, valid = training.corpus(tmp_path)
     config = TrainConfig(

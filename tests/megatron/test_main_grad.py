@@ -60,7 +60,9 @@ def main_grads(
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["after", "overlapped"])
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=pytest.mark.one_core), "reference"]
+)
 def test_the_same_gradients_as_without_fusion(
     backend: str, overlap: bool, workers: WorkerPool
 ) -> None:

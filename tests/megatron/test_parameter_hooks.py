@@ -86,7 +86,13 @@ def losses(rank: int, world_size: int, config: TrainConfig, overlap: bool) -> li
         return found
 
 
-@pytest.mark.parametrize("mhc", [LEARNED, KERNELS], ids=["reference", "kernels"])
+@pytest.mark.parametrize(
+    "mhc",
+    [
+        pytest.param(LEARNED, id="reference"),
+        pytest.param(KERNELS, id="kernels", marks=pytest.mark.one_core),
+    ],
+)
 @pytest.mark.parametrize("ranks", [2])
 def test_overlapped_gathering_changes_no_loss(
     ranks: int, mhc: MHCConfig, workers: WorkerPool

@@ -80,7 +80,9 @@ def policies_in_one_process(
     return results
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=pytest.mark.one_core)]
+)
 def test_the_same_bits_and_what_is_dropped(backend: str, workers: WorkerPool) -> None:
     names = ["none", *POLICIES] if backend == "reference" else ["none", "block3", "stage"]
     [results] = workers.run(policies_in_one_process, 1, backend, names)
