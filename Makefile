@@ -23,8 +23,9 @@ OTHER_CORE := .cache/other-core
 MAPPED := kernels pipeline launch
 # The tests whose outcome may depend on the version of megatron-core.
 CORE_TESTS := tests/data tests/megatron
-# Two tests at a time: each waits for processes of its own most of the time.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two tests at a time: each waits for processes of its own most of the time. In the order of
+# tests/conftest.py, where the longest files are the first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 say = @printf '\n==> %s\n'

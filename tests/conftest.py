@@ -12,9 +12,34 @@ import torch
 from helpers.pool import WorkerPool
 
 MAX_RANKS = 4
+# The files that take longest, half a minute and more; what is begun last should be short, or one of
+# two workers has nothing to do in the end.
+LONGEST = (
+    "test_training.py",
+    "test_killed.py",
+    "test_schedules.py",
+    "test_interrupted.py",
+    "test_layouts.py",
+    "test_recompute_layouts.py",
+    "test_virtual_ranks.py",
+    "test_main_grad.py",
+    "test_overlap.py",
+    "test_upcycle.py",
+    "test_pretrain.py",
+    "test_multigpu.py",
+    "test_recompute_benchmark.py",
+    "test_compiles.py",
+    "test_fused.py",
+)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``LONGEST`` first, in its order; the others as they were found."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
