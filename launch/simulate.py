@@ -102,8 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pair.add_argument(
         "--phase-costs",
         metavar="FILE",
-        help='JSON: {"attention": {"forward": 2.1, "dgrad": 3.0, "wgrad": 1.2}, ...}, all phases; '
-        "without it, rough proportions",
+        help='JSON: {"attention": {"forward": 2.1, "dgrad": 3.0, "wgrad": 1.2}, ..., "slowdowns": '
+        '{"compute": {"priority": 1.3}}}, all phases, and how many times as long a lane takes '
+        "beside another; without it, rough proportions and no slowdowns",
     )
     pair.add_argument("--experts", action="store_true", help="MLPs are experts (MoE)")
     parser.add_argument(

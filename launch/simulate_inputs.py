@@ -149,7 +149,8 @@ def pair_of(args: argparse.Namespace, schedule: "Schedule") -> "Forecast | None"
     if args.phase_costs is None:
         return forecast(phases, rebuild=rebuild)
     with _in_file(args.phase_costs):
-        return forecast(phases, phase_costs_from_json(_read(args.phase_costs)), rebuild=rebuild)
+        costs, slowdowns = phase_costs_from_json(_read(args.phase_costs))
+        return forecast(phases, costs, slowdowns=slowdowns, rebuild=rebuild)
 
 
 def costs_of(args: argparse.Namespace, schedule: "Schedule", pair: "Forecast | None") -> "Costs":

@@ -1,4 +1,4 @@
-"""The planner of an Overlap: which phase is enqueued when, and what that comes to on each lane."""
+"""The planner of an Overlap: which phase is enqueued when."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from mhc_megatron.pipeline.errors import ScheduleError
-from mhc_megatron.pipeline.phases import Lane, Phase, Plan, Step, check_plan
+from mhc_megatron.pipeline.phases import Lane, Phase, Plan, Step, check_plan, lane_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class PhaseCost:
             if not getattr(self, name) >= 0:
                 raise ScheduleError(f"{name}={getattr(self, name)} must be at least 0")
 
+    def of(self, step: Step) -> float:
+        """Of a step of this phase."""
+        return {"F": self.forward, "B": self.dgrad, "W": self.wgrad, "R": self.rebuild}[step.op]
+
 
 # Measured for a MoE layer of the mHC paper's 27B model (benchmarks/overlap.py), with exchanges as
 # long as the products of their tokens. They decide the order of a run, the same on all ranks.
@@ -50,19 +54,20 @@ ESTIMATED_COSTS: Mapping[str, PhaseCost] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A step on its lane."""
+def cost_of(step: Step, phase: Phase, costs: Mapping[str, PhaseCost]) -> float:
+    """The time of a step of a phase.
 
-    step: Step
-    phase: Phase
-    lane: Lane
-    start: float
-    end: float
+    Raises:
+        ScheduleError: a phase without a cost.
+    """
+    if phase.name not in costs:
+        known = ", ".join(sorted(costs)) or "the costs, which have none"
+        raise ScheduleError(f"no cost for the phase {phase.name!r}; add one to {known}")
+    return costs[phase.name].of(step)
 
 
 class _Lanes:
-    """Steps that are enqueued so far, and when they run."""
+    """Steps that are enqueued so far, and when they end if lanes do not slow each other down."""
 
     def __init__(
         self,
@@ -75,25 +80,13 @@ class _Lanes:
         self._free = dict.fromkeys(Lane, 0.0)
         self._chain = {"F": 0.0, "B": 0.0}
         self._ends: dict[Step, float] = {}
-        self.spans: list[Span] = []
 
     @property
     def end(self) -> float:
-        return max(span.end for span in self.spans)
+        return max(self._free.values())
 
     def cost(self, step: Step) -> float:
-        name = self._rows[step.op][step.phase].name
-        if name not in self._costs:
-            raise ScheduleError(
-                f"no cost for the phase {name!r}; add one to {', '.join(sorted(self._costs))}"
-            )
-        cost = self._costs[name]
-        return {"F": cost.forward, "B": cost.dgrad, "W": cost.wgrad, "R": cost.rebuild}[step.op]
-
-    def lane(self, step: Step) -> Lane:
-        if step.op == "R":
-            return Lane.PRIORITY
-        return Lane.COMPUTE if step.op == "W" else self._rows[step.op][step.phase].lane
+        return cost_of(step, self._rows[step.op][step.phase], self._costs)
 
     def start(self, step: Step) -> float:
         """When the step would run, if it were enqueued now."""
@@ -104,16 +97,16 @@ class _Lanes:
             ready = self._ends[Step("B", step.phase)]
         if step.op == "B":
             ready = max(ready, self._ends.get(Step("R", step.phase), 0.0))
-        return max(self._free[self.lane(step)], ready)
+        return max(self._free[self._lane(step)], ready)
 
     def enqueue(self, step: Step) -> None:
-        start = self.start(step)
-        end = start + self.cost(step)
-        lane = self.lane(step)
-        self._free[lane] = self._ends[step] = end
+        end = self.start(step) + self.cost(step)
+        self._free[self._lane(step)] = self._ends[step] = end
         if step.op in self._chain:
             self._chain[step.op] = end
-        self.spans.append(Span(step, self._rows[step.op][step.phase], lane, start, end))
+
+    def _lane(self, step: Step) -> Lane:
+        return lane_of(step, self._rows[step.op][step.phase])
 
 
 # Variations of the costs for which a plan is made, and how far they go.
@@ -133,7 +126,9 @@ def interleave(
     exchanges follow the short phases, then the one with more to do after it. Weight gradients come
     where nothing else can start so early, and at the end. A block is rebuilt while the one before
     it runs backward. The rule does not look ahead, so it also makes plans for costs that are drawn
-    around ``costs``, always the same; the plan that ends first with ``costs`` is returned.
+    around ``costs``, always the same; the plan that ends first with ``costs`` is returned. Lanes do
+    not slow each other down here: a plan has to be the same on all ranks, and slowdowns are
+    measured on one.
 
     Args:
         forward, backward: as for ``check_plan``.
@@ -202,28 +197,6 @@ def _by_rule(
     for step in weights:
         enqueue(step)
     return tuple(plan)
-
-
-def simulate_lanes(
-    plan: Plan,
-    forward: Sequence[Phase],
-    backward: Sequence[Phase],
-    costs: Mapping[str, PhaseCost] = ESTIMATED_COSTS,
-) -> tuple[Span, ...]:
-    """When every step of a plan runs, if lanes do not slow each other down.
-
-    Args:
-        plan, forward, backward: as for ``check_plan``.
-        costs: as for ``interleave``.
-
-    Returns:
-        Spans in the order of the plan.
-
-    Raises:
-        ScheduleError: the plan is not valid, or a phase has no cost.
-    """
-    check_plan(plan, forward, backward)
-    return tuple(_enqueued(plan, forward, backward, costs).spans)
 
 
 def _enqueued(

@@ -95,6 +95,11 @@ class Step:
     phase: int
 
 
+def lane_of(step: Step, phase: Phase) -> Lane:
+    """Where a step of a phase runs."""
+    return {"R": Lane.PRIORITY, "W": Lane.COMPUTE}.get(step.op, phase.lane)
+
+
 Plan = tuple[Step, ...]
 
 

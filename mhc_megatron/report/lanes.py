@@ -26,4 +26,22 @@ def format_lanes(forecast: Forecast) -> str:
         name, *numbers = row
         cells = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([f"{name:<{widths[0]}}", *cells]))
-    return "\n".join(lines)
+    return "\n".join([*lines, _slowdowns(forecast)])
+
+
+def _slowdowns(forecast: Forecast) -> str:
+    """What lanes that slow each other down come to."""
+    if not forecast.slowdowns.factors:
+        return (
+            "lanes do not slow each other down here: no slowdowns were given; on a GPU they share "
+            "multiprocessors and memory"
+        )
+    factors = ", ".join(
+        f"{lane.value} beside {beside.value} {factor:g}"
+        for (lane, beside), factor in forecast.slowdowns.factors.items()
+    )
+    length, unslowed = forecast.length, forecast.unslowed_length
+    return (
+        f"slowdowns: {factors}; without them it would take {unslowed:g} "
+        f"({length / unslowed if unslowed else 1:.3f} times as long with them)"
+    )

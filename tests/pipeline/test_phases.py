@@ -13,8 +13,8 @@ from mhc_megatron.pipeline.interleave import (
     PhaseCost,
     interleave,
     serial,
-    simulate_lanes,
 )
+from mhc_megatron.pipeline.lanes import simulate_lanes
 from mhc_megatron.pipeline.phases import Lane, Phase, Step, check_plan, stage_phases
 
 MODES = ["post", "recompute", "all"]

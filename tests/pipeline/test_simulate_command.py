@@ -69,6 +69,17 @@ lane           busy   share  exposed
 compute          16  100.0%       16
 communication     8   50.0%        0
 priority          0    0.0%        0
+lanes do not slow each other down here: no slowdowns were given; on a GPU they share \
+multiprocessors and memory
+"""
+SLOWED_TABLE = """\
+a forward beside a backward takes 20; one after the other 24 (0.833)
+lane           busy   share  exposed
+compute          20  100.0%       20
+communication     8   40.0%        0
+priority          0    0.0%        0
+slowdowns: compute beside communication 2, priority beside compute 2; without them it would \
+take 16 (1.250 times as long with them)
 """
 
 
@@ -197,7 +208,30 @@ priority          0    0.0%        0
         (
             (*PAIRED, "--overlap", "post", "--phase-costs", "phases.json"),
             "phases.json: the file: unknown field 'gelu'; known: enter, attention, attention_post, "
-            "mlp, router, dispatch, experts, combine, unpermute, mlp_post, leave",
+            "mlp, router, dispatch, experts, combine, unpermute, mlp_post, leave, slowdowns",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "none.json"),
+            "none.json: no cost for the phase 'enter'; add one to the costs, which have none",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "faster.json"),
+            "faster.json: slowdowns.compute.priority=0.5 must be at least 1, the time beside the "
+            "other lane over the time alone; write 1 where it is not slowed down",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "text.json"),
+            'text.json: slowdowns.priority.compute="2x" is not a number; write one such as 2.5, or '
+            "leave it out",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "itself.json"),
+            "itself.json: slowdowns.compute: unknown field 'compute'; known: communication, "
+            "priority",
+        ),
+        (
+            (*PAIRED, "--overlap", "post", "--phase-costs", "lane.json"),
+            "lane.json: slowdowns: unknown field 'memory'; known: compute, communication, priority",
         ),
         (
             (*PAIRED, "--overlap", "post", "--phase-costs", "attention.json"),
@@ -227,6 +261,14 @@ def test_mistakes_are_one_line(
     (tmp_path / "long.csv").write_text("0F0,0B0\n" * 10_001)
     (tmp_path / "costs.json").write_text('{"stages": {"9": {"forward": 2}}}')
     (tmp_path / "phases.json").write_text('{"gelu": {"forward": 1}}')
+    for name, slowdowns in {
+        "none": "{}",
+        "faster": '{"compute": {"priority": 0.5}}',
+        "text": '{"priority": {"compute": "2x"}}',
+        "itself": '{"compute": {"compute": 2}}',
+        "lane": '{"memory": {"compute": 2}}',
+    }.items():
+        (tmp_path / f"{name}.json").write_text(f'{{"slowdowns": {slowdowns}}}')
     (tmp_path / "attention.json").write_text('{"attention": {"forward": 1, "forward": 2}}')
     (tmp_path / "few.json").write_text('{"attention": {}, "attention_post": {}}')
     assert _run(*arguments) == 2
@@ -286,6 +328,23 @@ def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "overlap.svg"])
     drawing = ElementTree.fromstring((out / "overlap.svg").read_text())
     assert len(drawing.findall(".//{*}title")) == 8  # four phases that take time, both ways
+
+
+def test_lanes_that_slow_each_other_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Closed form: exchanges of 8, beside each of which half of the products are done."""
+    costs: dict[str, object] = {
+        "attention": {"forward": 4, "dgrad": 4},
+        "experts": {"forward": 4, "dgrad": 4},
+    }
+    costs |= {name: {"forward": 2, "dgrad": 2} for name in ("dispatch", "combine")}
+    costs |= {name: {} for name in ("enter", "attention_post", "router", "unpermute", "mlp_post")}
+    costs["slowdowns"] = {"compute": {"communication": 2}, "priority": {"compute": 2}}
+    (tmp_path / "phases.json").write_text(json.dumps(costs))
+    pair = ("--overlap", "post", "--experts", "--phase-costs", str(tmp_path / "phases.json"))
+    assert _run(*PAIRED, *pair) == 0
+    assert SLOWED_TABLE in capsys.readouterr().out
 
 
 def test_large_steps_leave_the_long_files_out(
