@@ -6,8 +6,9 @@
 
 The stage is that of ``te_blocks.py``, with recompute ``auto``. For each overlap mode: the time of
 the pair, whether its gradients have the bits of mode ``none``, and the planner's prediction. That
-comes from the phases' times, measured one after the other on a single lane. On a GPU a profile then
-says how much of the work on the priority lane is hidden, and is drawn into ``--pictures``.
+comes from the phases' times, measured one after the other on a single lane, and from how much lanes
+slow each other down, measured as ``overlap_slowdown.py`` says. On a GPU a profile then says how
+much of the work on the priority lane is hidden, and is drawn into ``--pictures``.
 
 Launched as a CUDA graph, a pair does not depend on the host; with ``--padded`` the dispatcher does
 not wait for the GPU either, which a graph needs.
@@ -20,12 +21,11 @@ bits differ.
 
 import argparse
 import functools
-import gc
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -34,9 +34,10 @@ import cudnn_first  # noqa: F401
 import torch
 from alone import one_process
 from captured import side_stream
-from overlap_costs import phase_costs, time_of
-from overlap_exchange import exchange_of, let_exchange
-from overlap_pair import WARM_UP, GraphedPair, Pair, bits_of
+from overlap_costs import MeasuredCosts, phase_costs, time_of
+from overlap_exchange import let_exchange, wait_of
+from overlap_pair import WARM_UP, GraphedPair, Pair, bits_of, release
+from overlap_slowdown import measured_slowdowns, slowdowns_json
 from overlap_trace import hidden_lines
 from provenance import append, provenance
 from ranks import layouts
@@ -45,7 +46,8 @@ from te_blocks import SIZES, STREAMS, Size, Stage, megatron_config
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.phases import Lanes
-from mhc_megatron.pipeline.interleave import PhaseCost, interleave, simulate_lanes
+from mhc_megatron.pipeline.interleave import PhaseCost, interleave
+from mhc_megatron.pipeline.lanes import Slowdowns, simulate_lanes
 from mhc_megatron.pipeline.phases import Lane, OverlapMode, Phase
 
 MODES: tuple[OverlapMode, ...] = get_args(OverlapMode)
@@ -69,10 +71,15 @@ def measure(
     mhc = MHCConfig(num_streams=STREAMS, recompute="auto")
     stage = Stage(size, config, mhc, None)
     layouts.randomise([stage.chunk], seed=1)
-    let_exchange(stage.chunk, exchange_of(args.gigabytes_per_second, device))
+    wait = wait_of(args.gigabytes_per_second, device)
+    let_exchange(stage.chunk, wait)
     lanes = Lanes(device)
     modes = [mode for mode in MODES if mode == "none" or mode in args.modes]
-    costs = {mode: phase_costs(stage, mode, device, args.repetitions, launch) for mode in modes[1:]}
+    measured = {
+        mode: phase_costs(stage, mode, wait, device, args.repetitions, launch) for mode in modes[1:]
+    }
+    slowdowns = measured_slowdowns(stage, lanes, wait, device, args.repetitions, launch)
+    release()
     common = {
         "benchmark": "overlap",
         "launch": launch,
@@ -94,7 +101,9 @@ def measure(
         if mode == "none":
             pair = Pair(stage, mode, lanes)
         else:
-            pair = Pair(stage, mode, lanes, functools.partial(interleave, costs=costs[mode]))
+            pair = Pair(
+                stage, mode, lanes, functools.partial(interleave, costs=measured[mode].costs)
+            )
         return GraphedPair(stage, pair) if launch == "graph" else pair
 
     expected = bits_of(stage, Pair(stage, "none", lanes))
@@ -124,7 +133,7 @@ def measure(
                 ),
             }
             if mode != "none":
-                line |= predictions(mode, pairs[mode].phases, costs[mode])
+                line |= predictions(mode, pairs[mode].phases, measured[mode], slowdowns)
             yield line, summary(line)
         if device.type == "cuda":
             for mode, pair in pairs.items():
@@ -135,20 +144,24 @@ def measure(
                     whole = {**common, "impl": f"mhc_megatron.{mode}", **found_line}
                     yield whole, f"{size.name:<6}{launch:<6}{mode:<10}{text}"
         pairs.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        release()
 
 
 def predictions(
-    mode: OverlapMode, phases: tuple[Phase, ...], costs: Mapping[str, PhaseCost]
+    mode: OverlapMode, phases: tuple[Phase, ...], measured: MeasuredCosts, slowdowns: Slowdowns
 ) -> dict[str, Any]:
     """Milliseconds of the pair and of its priority lane by the planner's reckoning, and of what."""
+    costs = measured.costs
     plan = interleave(phases, phases, costs, rebuild=mode in ("recompute", "all"))
-    spans = simulate_lanes(plan, phases, phases, costs)
-    priority = sum(span.end - span.start for span in spans if span.lane is Lane.PRIORITY)
+    alone = simulate_lanes(plan, phases, phases, costs)
+    spans = simulate_lanes(plan, phases, phases, costs, slowdowns)
+    priority = sum(span.end - span.start for span in alone if span.lane is Lane.PRIORITY)
     return {
         "predicted": round(max(span.end for span in spans), 3),
+        "predicted_alone": round(max(span.end for span in alone), 3),
         "priority": round(priority, 3),
+        "slowdowns": slowdowns_json(slowdowns),
+        "without_pauses": round(measured.without_pauses, 4),
         "costs": {name: rounded(cost) for name, cost in costs.items()},
     }
 
@@ -165,7 +178,8 @@ def summary(line: dict[str, Any]) -> str:
     text += f"{line['mismatches']} mismatches"
     if "predicted" in line:
         ratio = line["value"] / line["predicted"]
-        text += f", predicted {line['predicted']:.3f} ({ratio:.2f} times)"
+        text += f", predicted {line['predicted']:.3f} ({ratio:.2f} times), "
+        text += f"{line['predicted_alone']:.3f} if lanes did not slow each other down"
     return text
 
 

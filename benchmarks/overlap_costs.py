@@ -4,16 +4,18 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from overlap_pair import WARM_UP, GraphedPair, Pair
+from overlap_exchange import Wait
+from overlap_pair import WARM_UP, GraphedPair, Pair, release
 from te_blocks import Stage
 from torch import Tensor
 
 from mhc_megatron.megatron.phases import Lanes
 from mhc_megatron.pipeline.interleave import PhaseCost, serial
-from mhc_megatron.pipeline.phases import OverlapMode, Phase, Plan, Step
+from mhc_megatron.pipeline.phases import Lane, OverlapMode, Phase, Plan, Step
 from mhc_megatron.pipeline.turns import Thread, Turns
 
 LEAST_WEIGHTS = 0.01  # ms; weight gradients that take less are no step of a plan
@@ -80,10 +82,54 @@ def time_of(stage: Stage, pair: Pair | GraphedPair, device: torch.device) -> flo
     return between(start, end)
 
 
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Phases' times, one after the other on one lane.
+
+    Attributes:
+        costs: by name, in milliseconds. Exchanges' are those of a pair; the others' are taken where
+            exchanges take no time, since in an overlapped pair the GPU has no pauses either.
+        without_pauses: all others together, over the same beside exchanges that take their time:
+            more than 1 where the GPU lowers its clock under load.
+    """
+
+    costs: dict[str, PhaseCost]
+    without_pauses: float
+
+
 def phase_costs(
+    stage: Stage, mode: OverlapMode, wait: Wait, device: torch.device, repetitions: int, launch: str
+) -> MeasuredCosts:
+    """Times of a stage's phases under one mode, ``wait`` being that of its exchanges."""
+    paused, phases = _times(stage, mode, device, repetitions, launch)
+    release()
+    with wait.left_out():
+        times, _ = _times(stage, mode, device, repetitions, launch)
+    release()
+    exchanges = {phase.name for phase in phases if phase.lane is Lane.COMMUNICATION}
+    others = [key for key in times if key[0] not in exchanges]
+    ratio = sum(sum(times[key]) for key in others) / sum(sum(paused[key]) for key in others)
+    times |= {key: found for key, found in paused.items() if key[0] in exchanges}
+
+    def of(name: str, op: str) -> float:
+        return statistics.mean(times[name, op]) if (name, op) in times else 0.0
+
+    costs = {
+        name: PhaseCost(
+            forward=of(name, "F"),
+            dgrad=of(name, "B"),
+            wgrad=weights if (weights := of(name, "W")) > LEAST_WEIGHTS else 0.0,
+            rebuild=of(name, "R"),
+        )
+        for name in sorted({name for name, _ in times})
+    }
+    return MeasuredCosts(costs, ratio)
+
+
+def _times(
     stage: Stage, mode: OverlapMode, device: torch.device, repetitions: int, launch: str
-) -> dict[str, PhaseCost]:
-    """Milliseconds of the phases by name, one after the other on one lane."""
+) -> tuple[dict[tuple[str, str], list[float]], tuple[Phase, ...]]:
+    """Milliseconds by the phases' names and the steps' operations, and the phases."""
     in_graph = launch == "graph"
     clock, between = clock_of(device, in_graph=in_graph)
     times: dict[tuple[str, str], list[float]] = {}
@@ -118,17 +164,4 @@ def phase_costs(
         for (step, start), after in zip(log, moments[1:], strict=True):
             key = pair.phases[step.phase].name, step.op
             times.setdefault(key, []).append(between(start, after))
-    names = {name for name, _ in times}
-
-    def of(name: str, op: str) -> float:
-        return statistics.mean(times[name, op]) if (name, op) in times else 0.0
-
-    return {
-        name: PhaseCost(
-            forward=of(name, "F"),
-            dgrad=of(name, "B"),
-            wgrad=weights if (weights := of(name, "W")) > LEAST_WEIGHTS else 0.0,
-            rebuild=of(name, "R"),
-        )
-        for name in sorted(names)
-    }
+    return times, pair.phases

@@ -1,7 +1,8 @@
 """Exchanges of tokens on one GPU, which has nobody to exchange them with: a copy and a wait."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,11 +11,38 @@ from torch import Tensor
 from mhc_megatron.megatron.chain import chain_of
 
 
+class Wait:
+    """What waits as long as an exchange takes.
+
+    Args:
+        sleep: waits for some seconds, on the current lane.
+        gigabytes_per_second: of an exchange.
+    """
+
+    def __init__(self, sleep: Callable[[float], None], gigabytes_per_second: float) -> None:
+        self._sleep, self._seconds_per_byte = sleep, 1e-9 / gigabytes_per_second
+        self._left_out = False
+
+    def __call__(self, tensor: Tensor) -> None:
+        """For a tensor's exchange."""
+        if not self._left_out:
+            self._sleep(tensor.nbytes * self._seconds_per_byte)
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Exchanges that are launched, or captured, meanwhile are their copies alone."""
+        self._left_out = True
+        try:
+            yield
+        finally:
+            self._left_out = False
+
+
 class _Exchange(torch.autograd.Function):
     """A copy, then a wait on the same lane; in the backward too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, wait: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, wait: Wait) -> Tensor:
         ctx.wait = wait
         wait(tensor)
         return tensor.clone()
@@ -25,10 +53,19 @@ class _Exchange(torch.autograd.Function):
         return grad.clone(), None
 
 
-def exchange_of(gigabytes_per_second: float, device: torch.device) -> Callable[[Tensor], None]:
-    """What waits as long as a tensor's exchange takes."""
+def exchange(tensor: Tensor, wait: Wait) -> Tensor:
+    """The tensor, after its exchange."""
+    received: Tensor = _Exchange.apply(tensor, wait)
+    return received
+
+
+def wait_of(gigabytes_per_second: float, device: torch.device) -> Wait:
+    """The wait of exchanges on a device.
+
+    On a GPU it counts the multiprocessors' cycles: where their clock is lowered it takes longer.
+    """
     if device.type != "cuda":
-        return lambda tensor: time.sleep(tensor.nbytes / gigabytes_per_second / 1e9)
+        return Wait(time.sleep, gigabytes_per_second)
     cycles = 10_000_000
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for event in (start, end):  # the first one loads the kernel
@@ -36,12 +73,10 @@ def exchange_of(gigabytes_per_second: float, device: torch.device) -> Callable[[
         event.record()
     end.synchronize()
     per_second = cycles / start.elapsed_time(end) * 1e3
-    return lambda tensor: torch.cuda._sleep(
-        int(tensor.nbytes / gigabytes_per_second / 1e9 * per_second)
-    )
+    return Wait(lambda seconds: torch.cuda._sleep(int(seconds * per_second)), gigabytes_per_second)
 
 
-def let_exchange(chunk: torch.nn.Module, wait: Callable[[Tensor], None]) -> None:
+def let_exchange(chunk: torch.nn.Module, wait: Wait) -> None:
     """Each dispatch and combine of a chunk's tokens, which have nowhere to go, takes its time."""
     chain = chain_of(chunk)
     assert chain is not None
@@ -53,9 +88,9 @@ def let_exchange(chunk: torch.nn.Module, wait: Callable[[Tensor], None]) -> None
 
         def slow_dispatch(tokens: Tensor, probs: Tensor, dispatch: Any = dispatch) -> Any:
             tokens, probs = dispatch(tokens, probs)
-            return _Exchange.apply(tokens, wait), probs
+            return exchange(tokens, wait), probs
 
         def slow_combine(tokens: Tensor, *rest: Any, combine: Any = combine, **named: Any) -> Any:
-            return _Exchange.apply(combine(tokens, *rest, **named), wait)
+            return exchange(combine(tokens, *rest, **named), wait)
 
         dispatcher.token_dispatch, dispatcher.token_combine = slow_dispatch, slow_combine

@@ -1,5 +1,6 @@
 """A forward and a backward of one stage, interleaved or not, launched by the host or as graphs."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,12 @@ class GraphedPair:
     def last_backward(self) -> None:
         """As in ``Pair``."""
         self._graphs[2].replay()
+
+
+def release() -> None:
+    """Give back the memory of pairs that are gone; a graph's is never used for anything else."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def bits_of(stage: Stage, pair: Pair | GraphedPair) -> list[Tensor]:

@@ -72,6 +72,7 @@ def overlap(lines: list[Line], launch: str = "eager") -> str:
         if line["run"] == found[-1]["run"]:
             rows.setdefault(line["impl"], {})[line["metric"]] = line
     body = []
+    alone = any("predicted_alone" in row["pair"] for row in rows.values())
     for implementation, row in rows.items():
         pair = row["pair"]
         predicted = pair.get("predicted")
@@ -79,6 +80,7 @@ def overlap(lines: list[Line], launch: str = "eager") -> str:
             [
                 implementation.removeprefix("mhc_megatron."),
                 f"{pair['value']:.0f}",
+                *([f"{pair['predicted_alone']:.0f}" if predicted else ""] if alone else []),
                 "" if predicted is None else f"{predicted:.0f}",
                 "" if predicted is None else f"{pair['value'] / predicted:.2f}",
                 *(
@@ -87,8 +89,22 @@ def overlap(lines: list[Line], launch: str = "eager") -> str:
                 ),
             ]
         )
-    head = ["overlap", "pair, ms", "predicted, ms", "ratio", "hidden of mHC", "hidden of exchanges"]
-    return markdown(head, body)
+    head = ["overlap", "pair, ms", *(["alone, ms"] if alone else []), "predicted, ms", "ratio"]
+    return markdown([*head, "hidden of mHC", "hidden of exchanges"], body)
+
+
+def slowdowns(lines: list[Line], launch: str = "eager") -> str:
+    """How many times as long a lane takes beside each other one, by the last run of a launch."""
+    found = [line for line in lines if line.get("launch") == launch and "slowdowns" in line]
+    factors = found[-1]["slowdowns"]
+    body = [
+        [
+            lane,
+            *(f"{factors[lane][other]:.2f}" if other in factors[lane] else "" for other in factors),
+        ]
+        for lane in factors
+    ]
+    return markdown(["lane", *(f"beside {other}" for other in factors)], body)
 
 
 def multigpu(lines: list[Line]) -> str:
@@ -187,3 +203,6 @@ if __name__ == "__main__":
         print(block_graphs(lines))
     if path.stem == "overlap":
         print(overlap(lines, "graph"))
+        for launch in ("eager", "graph"):
+            if any("slowdowns" in line for line in lines if line.get("launch") == launch):
+                print(slowdowns(lines, launch))

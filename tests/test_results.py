@@ -121,6 +121,21 @@ def test_the_table_of_overlap(benchmark: Callable[[str], Any]) -> None:
         "| none | 100 |  |  | 0 % of 2.5 ms | 0 % of 2.5 ms |",
         "| all | 80 | 78 | 1.03 | 72 % of 2.5 ms | 72 % of 2.5 ms |",
     ]
+    factors = {"compute": {"priority": 1.04}, "priority": {"compute": 1.5}}
+    lines[4] |= {"predicted_alone": 75.0, "slowdowns": factors}
+    assert benchmark("stage_tables").overlap(lines).splitlines() == [
+        "| overlap | pair, ms | alone, ms | predicted, ms | ratio | hidden of mHC | "
+        "hidden of exchanges |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| none | 100 |  |  |  | 0 % of 2.5 ms | 0 % of 2.5 ms |",
+        "| all | 80 | 75 | 78 | 1.03 | 72 % of 2.5 ms | 72 % of 2.5 ms |",
+    ]
+    assert benchmark("stage_tables").slowdowns(lines).splitlines() == [
+        "| lane | beside compute | beside priority |",
+        "| --- | --- | --- |",
+        "| compute |  | 1.04 |",
+        "| priority | 1.50 |  |",
+    ]
 
 
 def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:

@@ -1,10 +1,12 @@
 """benchmarks/overlap.py: a pair in every mode has the bits of none, and what its profile hides."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from megatron.core import __version__ as core_version
 from packaging.version import Version
 
@@ -50,7 +52,63 @@ def test_every_mode_has_the_same_bits_and_a_prediction(tmp_path: Path) -> None:
     for line in lines:
         assert line["metric"] == "pair" and line["mismatches"] == 0 and line["value"] > 0
         assert ("predicted" in line) == (line["impl"] != "mhc_megatron.none")
-        assert line.get("predicted", 1) > line.get("priority", 0) >= 0
+        assert line.get("predicted_alone", 1) > line.get("priority", 0) >= 0
+        if "predicted" not in line:
+            continue
+        lanes = {"compute", "priority"}
+        if line["shape"]["model"] == "tiny":
+            lanes.add("communication")
+        assert {lane: lanes - set(row) for lane, row in line["slowdowns"].items()} == {
+            lane: {lane} for lane in lanes
+        }
+        factors = [factor for row in line["slowdowns"].values() for factor in row.values()]
+        assert min(factors) >= 1 and line["without_pauses"] > 0
+        most = max(math.prod(row.values()) for row in line["slowdowns"].values())
+        longest = line["predicted_alone"] * most
+        assert line["predicted_alone"] <= line["predicted"] < longest * 1.01 + 0.01  # as written
+
+
+METER = """\
+from overlap_slowdown import _Meter, _Work
+from mhc_megatron.pipeline.phases import Lane
+
+
+class Fake(_Meter):
+    slower, asked = 2.0, []
+
+    def __init__(self):
+        self._repetitions = 3
+
+    def _time(self, work, beside=None):
+        alone = 3.0 * work.calls
+        if beside is None:
+            return alone
+        self.asked.append(beside.calls)
+        took = alone * self.slower
+        return took if beside.calls * beside.alone >= took else 0.0
+
+
+meter, other = Fake(), _Work(Lane.COMMUNICATION, print, alone=1.0)
+work = meter.alone(_Work(Lane.COMPUTE, print, calls=5))
+print(work.alone, meter.factor(work, other), meter.asked)
+meter.slower, meter.asked = 0.9, []
+print(meter.factor(work, other), meter.asked)
+meter.slower = 1e6
+try:
+    meter.factor(work, other)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.one_core
+def test_the_lane_beside_outlasts_the_measured_one() -> None:
+    """15 ms alone and 30 beside 21 of 1 ms: those are too few, and twice as many are enough."""
+    assert python("-c", METER).splitlines() == [
+        "3.0 2.0 [21, 21, 21, 42, 42, 42]",
+        "1.0 [21, 21, 21]",  # never faster than alone
+        "672 calls on communication ended before 5 on compute, which take 15.0 ms alone",
+    ]
 
 
 def test_what_a_profile_hides(tmp_path: Path) -> None:
