@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +38,7 @@ from overlap_costs import MeasuredCosts, phase_costs, time_of
 from overlap_exchange import let_exchange, wait_of
 from overlap_pair import WARM_UP, GraphedPair, Pair, bits_of, release
 from overlap_slowdown import measured_slowdowns, slowdowns_json
+from overlap_steps import compared, step_ends
 from overlap_trace import hidden_lines
 from provenance import append, provenance
 from ranks import layouts
@@ -48,7 +49,7 @@ from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.phases import Lanes
 from mhc_megatron.pipeline.interleave import PhaseCost, interleave
 from mhc_megatron.pipeline.lanes import Slowdowns, simulate_lanes
-from mhc_megatron.pipeline.phases import Lane, OverlapMode, Phase
+from mhc_megatron.pipeline.phases import Lane, OverlapMode, Phase, Step
 
 MODES: tuple[OverlapMode, ...] = get_args(OverlapMode)
 # For a try without a GPU.
@@ -97,15 +98,19 @@ def measure(
         },
     }
 
+    planners = {
+        mode: functools.partial(interleave, costs=found.costs) for mode, found in measured.items()
+    }
+
     def pair_of(mode: OverlapMode) -> Pair | GraphedPair:
-        if mode == "none":
-            pair = Pair(stage, mode, lanes)
-        else:
-            pair = Pair(
-                stage, mode, lanes, functools.partial(interleave, costs=measured[mode].costs)
-            )
+        pair = Pair(stage, mode, lanes, planners.get(mode, interleave))
         return GraphedPair(stage, pair) if launch == "graph" else pair
 
+    ends = {
+        mode: step_ends(stage, mode, lanes, planner, device, args.repetitions, launch)
+        for mode, planner in planners.items()
+    }
+    release()
     expected = bits_of(stage, Pair(stage, "none", lanes))
     alone = 0.0
     # Eager pairs take turns; each graph has memory of its own, and is alone.
@@ -133,7 +138,7 @@ def measure(
                 ),
             }
             if mode != "none":
-                line |= predictions(mode, pairs[mode].phases, measured[mode], slowdowns)
+                line |= predictions(mode, pairs[mode].phases, measured[mode], slowdowns, ends[mode])
             yield line, summary(line)
         if device.type == "cuda":
             for mode, pair in pairs.items():
@@ -148,7 +153,11 @@ def measure(
 
 
 def predictions(
-    mode: OverlapMode, phases: tuple[Phase, ...], measured: MeasuredCosts, slowdowns: Slowdowns
+    mode: OverlapMode,
+    phases: tuple[Phase, ...],
+    measured: MeasuredCosts,
+    slowdowns: Slowdowns,
+    ends: Mapping[Step, float],
 ) -> dict[str, Any]:
     """Milliseconds of the pair and of its priority lane by the planner's reckoning, and of what."""
     costs = measured.costs
@@ -163,6 +172,7 @@ def predictions(
         "slowdowns": slowdowns_json(slowdowns),
         "without_pauses": round(measured.without_pauses, 4),
         "costs": {name: rounded(cost) for name, cost in costs.items()},
+        **compared(ends, spans, costs),
     }
 
 

@@ -105,7 +105,7 @@ def simulate_lanes(
     rows = {"F": forward, "B": backward, "W": backward, "R": backward}
     phases = {step: rows[step.op][step.phase] for step in plan}
     lanes = {step: lane_of(step, phases[step]) for step in plan}
-    needs = _needs(plan, backward)
+    needs = needs_of(plan)
     queues = {lane: [step for step in plan if lanes[step] is lane][::-1] for lane in Lane}
     running: dict[Lane, _Running] = {}
     spans: dict[Step, Span] = {}
@@ -126,15 +126,20 @@ def simulate_lanes(
     return tuple(spans[step] for step in plan)
 
 
-def _needs(plan: Plan, backward: Sequence[Phase]) -> dict[Step, list[Step]]:
-    """Which steps, of other lanes as well, have to end before each begins."""
+def needs_of(plan: Plan) -> dict[Step, list[Step]]:
+    """Which steps, of other lanes as well, have to end before each begins.
+
+    Args:
+        plan: a valid one.
+    """
+    last = max((step.phase for step in plan if step.op == "B"), default=0)
     rebuilt = {step.phase for step in plan if step.op == "R"}
     found: dict[Step, list[Step]] = {}
     for step in plan:
         found[step] = []
         if step.op == "F" and step.phase > 0:
             found[step].append(Step("F", step.phase - 1))
-        if step.op == "B" and step.phase + 1 < len(backward):
+        if step.op == "B" and step.phase < last:
             found[step].append(Step("B", step.phase + 1))
         if step.op == "B" and step.phase in rebuilt:
             found[step].append(Step("R", step.phase))

@@ -55,6 +55,9 @@ def test_every_mode_has_the_same_bits_and_a_prediction(tmp_path: Path) -> None:
         assert line.get("predicted_alone", 1) > line.get("priority", 0) >= 0
         if "predicted" not in line:
             continue
+        ends = [end for _, end, _ in line["steps"]]
+        assert min(ends) > 0 and set(line["stretched"]) >= {"compute"}
+        assert max(end for *_, end in line["steps"]) == line["predicted"]
         lanes = {"compute", "priority"}
         if line["shape"]["model"] == "tiny":
             lanes.add("communication")
@@ -99,6 +102,18 @@ try:
 except RuntimeError as error:
     print(error)
 """
+STEPS = """\
+from overlap_steps import compared
+from mhc_megatron.pipeline.interleave import PhaseCost
+from mhc_megatron.pipeline.lanes import simulate_lanes
+from mhc_megatron.pipeline.phases import Lane, Phase, Step
+
+forward, backward = (Phase("a"), Phase("b")), (Phase("x", Lane.COMMUNICATION),)
+costs = {"a": PhaseCost(2, 0), "b": PhaseCost(4, 0), "x": PhaseCost(0, 4)}
+plan = Step("F", 0), Step("B", 0), Step("F", 1)
+found = dict(zip(plan, (3.0, 5.0, 9.0)))
+print(compared(found, simulate_lanes(plan, forward, backward, costs), costs))
+"""
 
 
 @pytest.mark.one_core
@@ -109,6 +124,15 @@ def test_the_lane_beside_outlasts_the_measured_one() -> None:
         "1.0 [21, 21, 21]",  # never faster than alone
         "672 calls on communication ended before 5 on compute, which take 15.0 ms alone",
     ]
+
+
+@pytest.mark.one_core
+def test_steps_are_compared_with_their_costs() -> None:
+    """A lane's steps took 3 and 6 instead of 2 and 4, an exchange 5 instead of 4."""
+    steps = "[['F a', 3.0, 2], ['B x', 5.0, 4], ['F b', 9.0, 6]]"
+    stretched = "{'compute': 1.5, 'communication': 1.25}"
+    printed = python("-c", STEPS)
+    assert printed == f"{{'stretched': {stretched}, 'steps': {steps}}}\n"
 
 
 def test_what_a_profile_hides(tmp_path: Path) -> None:
