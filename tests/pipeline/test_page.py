@@ -1,6 +1,5 @@
 """docs/pipeline.md: its pictures, its numbers and its code are what the code gives."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import pytest
 from mhc_megatron.pipeline.catalogue import CATALOGUE, generate
 from mhc_megatron.pipeline.costs import costs_from_json
 from mhc_megatron.pipeline.draw import to_svg
+from mhc_megatron.pipeline.forecast import forecast, phase_costs_from_json
+from mhc_megatron.pipeline.phases import stage_phases
 from mhc_megatron.pipeline.simulate import simulate
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -31,14 +32,17 @@ def test_simulated_bubbles() -> None:
     assert f"<!-- simulated -->\n{''.join(lines)}\n" in PAGE
 
 
-def test_code_and_cost_file() -> None:
+def test_code_and_cost_files() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 2
     for code in blocks:
         exec(code, {})
-    (costs,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
-    assert json.loads(costs)
+    costs, phase_costs = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     assert costs_from_json(costs).unit == "ms"
+    times, slowdowns = phase_costs_from_json(phase_costs)
+    phases = stage_phases([False] * 2, "all", block_ends={1, 3}, loss=False)
+    pair = forecast(phases, times, slowdowns=slowdowns, rebuild=True)
+    assert pair.unslowed_length < pair.length < pair.serial_length
 
 
 def test_every_schedule_has_a_row() -> None:
