@@ -30,7 +30,7 @@ _REPETITIONS = 3
 _GATE = 10_000_000  # cycles, some milliseconds, in which the host enqueues what begins together
 _PART = 0.6  # of a round of the compute lane: how long others run that are measured beside it
 _MARGIN = 1.4  # how much longer than the measured lane the other one would run alone
-_DOUBLINGS = 6
+_MOST = 100.0  # a factor: that lane as good as waits for the other
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,6 @@ def measured_slowdowns(
         repetitions: of which the median counts; three are enough.
         launch: of the compute lane's work, as for the pair; the other lanes' is always a graph, so
             that one host is enough for all.
-
-    Raises:
-        RuntimeError: the other lane's work ended first, however much of it there was.
     """
     meter = _Meter(lanes, device, min(repetitions, _REPETITIONS))
     chain = chain_of(stage.chunk)
@@ -161,26 +158,25 @@ class _Meter:
 
     def alone(self, work: _Work) -> _Work:
         """With its time, after once to warm up."""
-        times = [self._time(work) for _ in range(self._repetitions + 1)]
+        times = [self._time(work)[0] for _ in range(self._repetitions + 1)]
         return replace(work, alone=statistics.median(times[1:]) / work.calls)
 
     def factor(self, work: _Work, other: _Work) -> float:
-        """Of ``work`` beside ``other``."""
-        expected = work.calls * work.alone
-        calls, times = math.ceil(_MARGIN * expected / other.alone), [0.0]
-        for _ in range(_DOUBLINGS):
-            beside = replace(other, calls=calls)
-            times = [self._time(work, beside) for _ in range(self._repetitions)]
-            if all(times):
-                return max(statistics.median(times) / expected, 1.0)
-            calls *= 2
-        raise RuntimeError(
-            f"{beside.calls} calls on {other.lane.value} ended before {work.calls} on "
-            f"{work.lane.value}, which take {expected:.1f} ms alone"
-        )
+        """Of ``work`` beside ``other``, from 1 to ``_MOST``.
 
-    def _time(self, work: _Work, beside: _Work | None = None) -> float:
-        """Milliseconds of all calls; 0 if those beside ended first."""
+        If the other ends first, the rest of the work runs as fast as alone, and does not count.
+        """
+        expected = work.calls * work.alone
+        beside = replace(other, calls=math.ceil(_MARGIN * expected / other.alone))
+        factors = []
+        for _ in range(self._repetitions):
+            time, rest = self._time(work, beside)
+            both = time - rest
+            factors.append(both / max(expected - rest, both / _MOST))
+        return max(statistics.median(factors), 1.0)
+
+    def _time(self, work: _Work, beside: _Work | None = None) -> tuple[float, float]:
+        """Milliseconds of all calls, and of those how many after the end of what is beside."""
         both = [work] if beside is None else [beside, work]
         # The compute lane is enqueued last: launching it may wait for the GPU.
         both.sort(key=lambda each: each.lane is Lane.COMPUTE)
@@ -196,13 +192,10 @@ class _Meter:
                 for _ in range(each.calls):
                     each.call()
                 marks[each.lane] = start, self._clock()
-        if self._on_gpu:
-            torch.cuda.synchronize()
-            if beside is not None:
-                first, last = (self._between(before, marks[x.lane][1]) for x in (work, beside))
-                if last < first:
-                    return 0.0
-        return self._between(*marks[work.lane])
+        start, end = (self._between(before, mark) for mark in marks[work.lane])
+        if beside is None or not self._on_gpu:
+            return end - start, 0.0
+        return end - start, max(end - self._between(before, marks[beside.lane][1]), 0.0)
 
     def _on(self, lane: Lane) -> contextlib.AbstractContextManager[Any]:
         stream = self._lanes.stream(lane)

@@ -73,34 +73,29 @@ def test_every_mode_has_the_same_bits_and_a_prediction(tmp_path: Path) -> None:
 
 METER = """\
 from overlap_slowdown import _Meter, _Work
-from mhc_megatron.pipeline.phases import Lane
+from mhc_megatron.pipeline.lanes import Slowdowns, simulate_lanes
+from mhc_megatron.pipeline.interleave import PhaseCost
+from mhc_megatron.pipeline.phases import Lane, Phase, Step
 
 
-class Fake(_Meter):
-    slower, asked = 2.0, []
-
-    def __init__(self):
-        self._repetitions = 3
+class Simulated(_Meter):
+    def __init__(self, slowdowns):
+        self._repetitions, self._slowdowns = 3, slowdowns
 
     def _time(self, work, beside=None):
-        alone = 3.0 * work.calls
-        if beside is None:
-            return alone
-        self.asked.append(beside.calls)
-        took = alone * self.slower
-        return took if beside.calls * beside.alone >= took else 0.0
+        rows = [(Phase(each.lane.value, each.lane),) if each else () for each in (work, beside)]
+        costs = {each.lane.value: PhaseCost(*[each.calls * each.call()] * 2)
+                 for each in (work, beside) if each}
+        plan = [Step("F", 0), Step("B", 0)][: len(costs)]
+        ends = [span.end for span in simulate_lanes(tuple(plan), *rows, costs, self._slowdowns)]
+        return ends[0], max(ends[0] - ends[-1], 0.0)
 
 
-meter, other = Fake(), _Work(Lane.COMMUNICATION, print, alone=1.0)
-work = meter.alone(_Work(Lane.COMPUTE, print, calls=5))
-print(work.alone, meter.factor(work, other), meter.asked)
-meter.slower, meter.asked = 0.9, []
-print(meter.factor(work, other), meter.asked)
-meter.slower = 1e6
-try:
-    meter.factor(work, other)
-except RuntimeError as error:
-    print(error)
+pair = Lane.COMPUTE, Lane.PRIORITY
+for first, second in ((1.5, 1.25), (8.0, 1.0), (1e9, 1.0), (1.0, 2.0)):
+    meter = Simulated(Slowdowns({pair: first, pair[::-1]: second}))
+    works = [meter.alone(_Work(lane, lambda: 3.0, calls=5)) for lane in pair]
+    print(*(round(meter.factor(*order), 9) for order in (works, works[::-1])))
 """
 STEPS = """\
 from overlap_steps import compared
@@ -117,13 +112,9 @@ print(compared(found, simulate_lanes(plan, forward, backward, costs), costs))
 
 
 @pytest.mark.one_core
-def test_the_lane_beside_outlasts_the_measured_one() -> None:
-    """15 ms alone and 30 beside 21 of 1 ms: those are too few, and twice as many are enough."""
-    assert python("-c", METER).splitlines() == [
-        "3.0 2.0 [21, 21, 21, 42, 42, 42]",
-        "1.0 [21, 21, 21]",  # never faster than alone
-        "672 calls on communication ended before 5 on compute, which take 15.0 ms alone",
-    ]
+def test_the_factors_of_simulated_lanes_are_found() -> None:
+    """Also where the other lane ends first; a lane that stands still has the largest factor."""
+    assert python("-c", METER).splitlines() == ["1.5 1.25", "8.0 1.0", "100.0 1.0", "1.0 2.0"]
 
 
 @pytest.mark.one_core
