@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+_OF_HOST = "4096, 2560, 4"
 _METRICS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "both"}
 
 
@@ -66,16 +67,18 @@ def ends(lines: list[Line]) -> str:
 
 
 def host(lines: list[Line]) -> str:
-    """The host's time for forward and backward, and for a function without work, of the commit
-    that was measured last beside peers."""
+    """The host's time for forward and backward, and for a function without work, at one shape.
+
+    Of the commit that was measured last beside peers.
+    """
     commit = commit_with_peers(lines)
-    found = [line for line in lines if line["launch"] == "host" and line["commit"] == commit]
     body = [
-        [_shape(line), line["impl"], f"{line['value']:.0f} us", f"{line['floor']:.0f} us"]
-        for line in found
-        if not is_end(line)
+        [line["impl"], f"{line['value']:.0f} us", f"{line['floor']:.0f} us"]
+        for line in lines
+        if line["launch"] == "host" and line["commit"] == commit and not is_end(line)
+        if _shape(line) == _OF_HOST
     ]
-    return markdown(["T, C, n", "implementation", "host", "without work"], body)
+    return markdown([_OF_HOST, "host", "without work"], body)
 
 
 def read(path: Path) -> list[Line]:

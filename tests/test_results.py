@@ -31,6 +31,9 @@ def test_the_performance_page_shows_the_results_file(benchmark: Callable[[str], 
     page = (ROOT / "docs" / "performance.md").read_text()
     assert tables.latest(lines) in page
     assert tables.history(lines) in page
+    newer = tables.read(RESULTS / "h200" / "kernels.jsonl")
+    for table in (tables.latest, tables.ends, tables.host):
+        assert table(newer) in page
 
 
 def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], Any]) -> None:
@@ -59,6 +62,7 @@ def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any
     assert tables.multigpu(read(RESULTS / "h200" / "multigpu.jsonl")) in page
     for launch in ("eager", "graph"):
         assert tables.overlap(read(RESULTS / "h200" / "overlap.jsonl"), launch) in page
+    assert tables.slowdowns(read(RESULTS / "h200" / "overlap.jsonl"), "graph") in page
 
 
 def test_steps_as_graphs_are_in_the_performance_page(benchmark: Callable[[str], Any]) -> None:
