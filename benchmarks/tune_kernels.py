@@ -21,7 +21,7 @@ from implementations import Operands, options, random_operands
 from timing import graph_times
 from torch import Tensor
 
-from mhc_megatron.kernels.triton import launch
+from mhc_megatron.kernels.triton import backward_launch, launch
 from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 
@@ -83,24 +83,30 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         streams, _, raw, packed, _ = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
         first = (streams, one.grad_u, one.grad_packed, raw, parameters)
         if kernel == "mix_backward":
-            made.append(lambda a=first: launch.mix_backward(*a, **mix, tile=tiles.mix_backward))
+            made.append(
+                lambda a=first: backward_launch.mix_backward(*a, **mix, tile=tiles.mix_backward)
+            )
             continue
-        projected, radial, partial, _ = launch.mix_backward(
+        projected, radial, partial, _ = backward_launch.mix_backward(
             *first, **mix, tile=default.mix_backward
         )
         if kernel == "weight_backward":
             arguments = (streams, projected, parameters.weight)
-            shape = launch.Shape.of(streams)
+            shape = backward_launch.Shape.of(streams)
             made.append(
-                lambda a=arguments, partial=partial, shape=shape: launch.parameter_backward(
-                    launch.weight_backward(*a, tiles=tiles), partial, shape
+                lambda a=arguments, partial=partial, shape=shape: (
+                    backward_launch.parameter_backward(
+                        backward_launch.weight_backward(*a, tiles=tiles), partial, shape
+                    )
                 )
             )
             continue
-        read = launch.ReadGradients(one.grad_u, packed, projected, radial, factors)
+        read = backward_launch.ReadGradients(one.grad_u, packed, projected, radial, factors)
         if kernel == "pre_backward":
             arguments = (one.grad_streams, streams, read, parameters.weight)
-            made.append(lambda a=arguments: launch.pre_backward(*a, trains=True, tiles=tiles))
+            made.append(
+                lambda a=arguments: backward_launch.pre_backward(*a, trains=True, tiles=tiles)
+            )
         else:
             made.append(backward_call(one, post, read, tiles, tiles.streams_backward))
     return made
@@ -109,12 +115,12 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
 def backward_call(
     data: Operands,
     operands: tuple[Tensor, Tensor, None, Tensor],
-    read: launch.ReadGradients | None,
+    read: backward_launch.ReadGradients | None,
     tiles: Tiles,
     tile: Tile,
 ) -> Callable[[], object]:
     """``streams_bwd`` of the operands that wrote and the gradients of what reads."""
-    return lambda: launch.streams_backward(
+    return lambda: backward_launch.streams_backward(
         data.grad_streams,
         *operands,
         read,

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import launch
+from mhc_megatron.kernels.triton import backward_launch, launch
 from mhc_megatron.kernels.triton.arguments import Norm, Parameters, Shape
-from mhc_megatron.kernels.triton.launch import NormState, ReadGradients, WeightSums
+from mhc_megatron.kernels.triton.backward_launch import NormState, ReadGradients, WeightSums
 from mhc_megatron.kernels.triton.tiles import Tiles
 
 
@@ -40,7 +40,7 @@ class Post(torch.autograd.Function):
         streams, branch, branch_bias, packed = ctx.saved_tensors
         if streams.numel() == 0:
             return *_zeros(streams, branch, branch_bias, packed), None
-        grad_x, grad_branch, grad_packed = launch.streams_backward(
+        grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
             grad_streams.contiguous(),
             streams,
             branch,
@@ -123,7 +123,7 @@ class Pre(torch.autograd.Function):
             inverse_rms,
             parameters,
         )
-        grad_streams, sums = launch.pre_backward(
+        grad_streams, sums = backward_launch.pre_backward(
             None if grad_through is None else grad_through.contiguous(),
             streams,
             read,
@@ -234,7 +234,7 @@ class PostPre(torch.autograd.Function):
         sums = None
         if ctx.trains or norm is not None:
             # Right after the first pass, whose last reads of the streams are still in L2.
-            sums = launch.weight_backward(
+            sums = backward_launch.weight_backward(
                 new_streams,
                 read.projected,
                 parameters.weight,
@@ -244,7 +244,7 @@ class PostPre(torch.autograd.Function):
         parameter_gradients, grad_norm_weight = _parameter_gradients(
             ctx, sums, partial, Shape.of(streams), norm, parameters
         )
-        grad_x, grad_branch, grad_packed = launch.streams_backward(
+        grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
             None if grad_streams is None else grad_streams.contiguous(),
             streams,
             branch,
@@ -313,7 +313,7 @@ def _read_gradients(
         assert inverse_rms is not None
         tile = ctx.tiles.mix_backward_norm or tile
         norm = NormState(norm_weight, inverse_rms, packed)
-    projected, radial, partial, norm_gradients = launch.mix_backward(
+    projected, radial, partial, norm_gradients = backward_launch.mix_backward(
         new_streams,
         grad_u,
         None if grad_packed is None else grad_packed.contiguous(),
@@ -343,7 +343,7 @@ def _parameter_gradients(
     """In the order of ``Parameters``, and the norm's weight's; without ``sums`` there is none."""
     if sums is None:
         return (None,) * len(parameters), None
-    grads, grad_norm_weight = launch.parameter_backward(sums, partial, shape, norm=norm)
+    grads, grad_norm_weight = backward_launch.parameter_backward(sums, partial, shape, norm=norm)
     weight, alpha_pre, alpha_post, alpha_res, bias = grads
     return (
         weight if ctx.main_grad is None else None,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from mhc_megatron.kernels.triton.streams_backward import load_projected
 from mhc_megatron.kernels.triton.tile_math import channel_mask, dot, load_weight
+from mhc_megatron.kernels.triton.weight_backward import store_weight_sums
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def pre_bwd(
     present = channels < C
     columns = stream * C + channels
     rows = tl.arange(0, BT)[:, None]
+    places = rows * K + columns[None, :]
 
     phi_columns = channels * N + stream if INTERLEAVED else columns
     phi_rows = weight_ptr + tl.arange(0, MP)[:, None] * K
@@ -69,16 +71,14 @@ def pre_bwd(
         tokens = start + tl.arange(0, BT)
         live = tokens < last
         mask = channel_mask(live, c, C, BC)
-        x_pointers = x_ptr + start * K + rows * K + columns[None, :]
-        x = tl.load(x_pointers, mask=mask, other=0.0)
+        x = tl.load(x_ptr + start * K + places, mask=mask, other=0.0)
         u_pointers = grad_u_ptr + start * C + rows * C + channels[None, :]
         grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
         read = tl.load(packed_ptr + stream * T + tokens, mask=live, other=0.0)
         radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
         grad = tl.zeros([BT, BC], tl.float32)
         if HAS_GRAD_Y:
-            y_pointers = grad_y_ptr + start * K + rows * K + columns[None, :]
-            grad = tl.load(y_pointers, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grad_y_ptr + start * K + places, mask=mask, other=0.0).to(tl.float32)
         # three uses of x: raw's product with phi, its division by the RMS, and the read
         grad += radial[:, None] * x.to(tl.float32) + read[:, None] * grad_u
         high = load_projected(projected_ptr, 0, tokens, live, T, M, MP)
@@ -88,15 +88,12 @@ def pre_bwd(
             product = dot(low, weight, product, PRECISION)
         if TERMS == 3:
             product = dot(high, weight_low, product, PRECISION)
-        x_gradient = grad_x_ptr + start * K + rows * K + columns[None, :]
-        tl.store(x_gradient, (grad + product).to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_x = (grad + product).to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_x_ptr + start * K + places, grad_x, mask=mask)
         if TRAINS:
             # grad_phi = grad_projected^T vec(x)
             pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
             projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
             sums = dot(projected, x.to(projected_ptr.dtype.element_ty), sums, PRECISION)
     if TRAINS:
-        total = tl.sum(tl.reshape(sums, [PARTS, ROWS, BC]), axis=0)
-        row = tl.arange(0, ROWS)[:, None]
-        pointers = weight_partial_ptr + (split * M + row) * K + columns[None, :]
-        tl.store(pointers, total, mask=(row < M) & present[None, :])
+        store_weight_sums(weight_partial_ptr, split, sums, columns, present, K, M, ROWS, PARTS, BC)

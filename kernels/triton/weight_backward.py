@@ -7,6 +7,26 @@ from mhc_megatron.kernels.triton.tile_math import dot
 
 
 @triton.jit
+def store_weight_sums(
+    partial_ptr,
+    split,
+    accumulator,
+    columns,
+    present,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The parts of a sum [PARTS * MP, WIDTH] together, into ``partial`` [splits, M, K]."""
+    grad = tl.sum(tl.reshape(accumulator, [PARTS, MP, WIDTH]), axis=0)
+    rows = tl.arange(0, MP)[:, None]
+    pointers = partial_ptr + (split * M + rows) * K + columns[None, :]
+    tl.store(pointers, grad, mask=(rows < M) & present[None, :])
+
+
+@triton.jit
 def weight_bwd(
     y_ptr,
     projected_ptr,
@@ -48,10 +68,7 @@ def weight_bwd(
         )
         y = y.to(projected_ptr.dtype.element_ty)
         accumulator = dot(projected, y, accumulator, PRECISION)
-    grad = tl.sum(tl.reshape(accumulator, [PARTS, MP, BK]), axis=0)
-    rows = tl.arange(0, MP)[:, None]
-    pointers = partial_ptr + (split * M + rows) * K + columns[None, :]
-    tl.store(pointers, grad, mask=(rows < M) & (columns < K)[None, :])
+    store_weight_sums(partial_ptr, split, accumulator, columns, columns < K, K, M, MP, PARTS, BK)
 
 
 @triton.jit

@@ -60,43 +60,34 @@ def reject_unsupported_overlap(chain: LayerChain | None, mode: OverlapMode) -> L
             "parallel.overlap='post', or mhc.recompute='auto'"
         )
     moe = config.num_moe_experts is not None
-    refusals = (
+    conflicts = (
         (
             config.recompute_granularity == "full",
             "recompute_granularity='full'",
             "a checkpointed layer runs its whole backward at once",
-            "change one of them",
         ),
-        (
-            config.fp8,
-            "fp8",
-            "no test shows that amax histories stay those of a serial run",
-            "change one of them",
-        ),
+        (config.fp8, "fp8", "no test shows that amax histories stay those of a serial run"),
         (
             moe and config.moe_token_dispatcher_type != "alltoall",
             f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}",
             "only the all-to-all dispatcher's exchanges are known to be one call each",
-            "change one of them",
         ),
         (
             moe and config.moe_shared_expert_overlap,
             "moe_shared_expert_overlap=True",
             "it has a stream of its own between the same exchanges",
-            "change one of them",
         ),
         (
             config.recompute_granularity == "selective" and "moe" in config.recompute_modules,
             "recompute_modules with 'moe'",
             "a checkpointed MoE layer runs its whole backward at once",
-            "change one of them",
         ),
         (
             getattr(config, "cuda_graph_impl", "none") != "none",
             f"cuda_graph_impl={getattr(config, 'cuda_graph_impl', None)!r}",
             "a captured layer has no boundaries inside",
-            "change one of them",
         ),
     )
+    refusals = ((*conflict, "change one of them") for conflict in conflicts)
     refuse_first(where, refusals, what_first=True)
     return chain

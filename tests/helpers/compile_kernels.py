@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import fp8_launch, head_launch, launch
+from mhc_megatron.kernels.triton import backward_launch, fp8_launch, head_launch, launch
 from mhc_megatron.kernels.triton.arguments import Norm, Parameters
 from mhc_megatron.kernels.triton.compiled import Launch
 from mhc_megatron.kernels.triton.head_launch import HeadParameters
@@ -161,7 +161,7 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     inverse_rms = [meta(tokens), *[None] * REBUILT]
     norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
     launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
-    launch.streams_backward(
+    backward_launch.streams_backward(
         streams,
         streams,
         branch,
@@ -191,8 +191,10 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             norm=norm if has_norm else None,
             tile=tiles.mix,
         )
-        state = launch.NormState(norm.weight, inverse_rms, new_packed) if has_norm else None
-        projected, radial, partial, norm_gradients = launch.mix_backward(
+        state = (
+            backward_launch.NormState(norm.weight, inverse_rms, new_packed) if has_norm else None
+        )
+        projected, radial, partial, norm_gradients = backward_launch.mix_backward(
             new_streams,
             u,
             new_packed,
@@ -203,9 +205,9 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             norm=state,
             tile=(has_norm and tiles.mix_backward_norm) or tiles.mix_backward,
         )
-        read = launch.ReadGradients(u, new_packed, projected, radial, factors)
+        read = backward_launch.ReadGradients(u, new_packed, projected, radial, factors)
         if has_branch:
-            launch.streams_backward(
+            backward_launch.streams_backward(
                 streams,
                 streams,
                 *post,
@@ -216,14 +218,16 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
             )
             continue
         for grad, trains in ((streams, True), (None, False)):
-            launch.pre_backward(grad, streams, read, parameters.weight, trains=trains, tiles=tiles)
+            backward_launch.pre_backward(
+                grad, streams, read, parameters.weight, trains=trains, tiles=tiles
+            )
     of_weight = (norm.weight, norm_gradients.weight_partial)
-    into, shape = meta(num_logits, n * channels), launch.Shape.of(streams)
+    into, shape = meta(num_logits, n * channels), backward_launch.Shape.of(streams)
     for main_grad, of_norm in ((None, None), (into, None), (None, of_weight)):
-        sums = launch.weight_backward(
+        sums = backward_launch.weight_backward(
             new_streams, projected, parameters.weight, tiles=tiles, main_grad=main_grad
         )
-        launch.parameter_backward(sums, partial, shape, norm=of_norm)
+        backward_launch.parameter_backward(sums, partial, shape, norm=of_norm)
 
 
 def messages(n: int, channels: int, dtype: torch.dtype) -> None:

@@ -63,6 +63,7 @@ def test_messages_in_fp8_take_their_bytes(
 STEP = ("--ranks", "4", "--micro-batches", "8")
 GPIPE = ("--schedule", "gpipe", *STEP)
 PAIRED = ("--schedule", "dualpipe_v", "--ranks", "4", "--micro-batches", "10")
+PHASE_COSTS = (*PAIRED, "--overlap", "post", "--phase-costs")
 OVERLAP_TABLE = """\
 a forward beside a backward takes 16; one after the other 24 (0.667)
 lane           busy   share  exposed
@@ -206,39 +207,39 @@ take 16 (1.250 times as long with them)
             "--overlap all with --recompute-block 0 has nothing to rebuild; use --overlap post",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "phases.json"),
+            (*PHASE_COSTS, "phases.json"),
             "phases.json: the file: unknown field 'gelu'; known: enter, attention, attention_post, "
             "mlp, router, dispatch, experts, combine, unpermute, mlp_post, leave, slowdowns",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "none.json"),
+            (*PHASE_COSTS, "none.json"),
             "none.json: no cost for the phase 'enter'; add one to the costs, which have none",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "faster.json"),
+            (*PHASE_COSTS, "faster.json"),
             "faster.json: slowdowns.compute.priority=0.5 must be at least 1, the time beside the "
             "other lane over the time alone; write 1 where it is not slowed down",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "text.json"),
+            (*PHASE_COSTS, "text.json"),
             'text.json: slowdowns.priority.compute="2x" is not a number; write one such as 2.5, or '
             "leave it out",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "itself.json"),
+            (*PHASE_COSTS, "itself.json"),
             "itself.json: slowdowns.compute: unknown field 'compute'; known: communication, "
             "priority",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "lane.json"),
+            (*PHASE_COSTS, "lane.json"),
             "lane.json: slowdowns: unknown field 'memory'; known: compute, communication, priority",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "attention.json"),
+            (*PHASE_COSTS, "attention.json"),
             "attention.json: attention.forward is given twice; keep one of them",
         ),
         (
-            (*PAIRED, "--overlap", "post", "--phase-costs", "few.json"),
+            (*PHASE_COSTS, "few.json"),
             "few.json: no cost for the phase 'enter'; add one to attention, attention_post",
         ),
         (
