@@ -24,7 +24,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,14 @@ def steps(bench: Bench) -> None:
     """Step times of a pipeline over all ranks."""
     import multigpu_steps as part
 
-    size = _size(bench)
-    for name in part.SCHEDULES:
+    for model, name, launch in product(bench.args.models, part.SCHEDULES, bench.args.launches):
         if bench.args.cases and name not in bench.args.cases:
             continue
-        for launch in bench.args.launches:
-            bench.attempt(
-                f"steps {name} {launch}",
-                lambda name=name, launch=launch: part.step_lines(
-                    bench.ranks, size, name, launch, num_layers=bench.args.layers
-                ),
-            )
+        case = (_size(bench, model), name, launch)
+        bench.attempt(
+            f"steps {model} {name} {launch}",
+            lambda case=case: part.step_lines(bench.ranks, *case, num_layers=bench.args.layers),
+        )
 
 
 def p2p(bench: Bench) -> None:
@@ -137,8 +135,13 @@ def scaling(bench: Bench) -> None:
     """Data parallelism over more and more ranks."""
     import multigpu_steps as part
 
-    size, layers = _size(bench), bench.args.layers or 4
-    bench.attempt("scaling", lambda: part.scaling_lines(bench.ranks, size, num_layers=layers))
+    layers = bench.args.layers or 4
+    for model, launch in product(bench.args.models, bench.args.launches):
+        case = (_size(bench, model), launch)
+        bench.attempt(
+            f"scaling {model} {launch}",
+            lambda case=case: part.scaling_lines(bench.ranks, *case, num_layers=layers),
+        )
 
 
 def kill(bench: Bench) -> None:
@@ -161,18 +164,14 @@ def kill(bench: Bench) -> None:
     bench.attempt("kill", lines)
 
 
-def _size(bench: Bench) -> Any:
+def _size(bench: Bench, model: str) -> Any:
     import multigpu_steps as part
 
-    hidden = bench.args.hidden or part.Size.hidden
-    return part.Size(
-        hidden=hidden,
-        heads=part.Size.heads if hidden >= part.Size.hidden else 4,
-        ffn=part.Size.ffn * hidden // part.Size.hidden,
-        seq=bench.args.seq or part.Size.seq,
-        backend=bench.args.backend,
-        out=bench.folder,
-    )
+    size = replace(part.MODELS[model], backend=bench.args.backend, out=bench.folder)
+    if bench.args.hidden:
+        ffn = size.ffn * bench.args.hidden // size.hidden
+        size = replace(size, hidden=bench.args.hidden, heads=4, ffn=ffn)
+    return replace(size, seq=bench.args.seq or size.seq)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -196,7 +195,14 @@ def main() -> int:
         "--launches",
         nargs="+",
         choices=("eager", "graph"),
-        help="of the steps (default: both on GPUs)",
+        help="of steps and scaling (default: both on GPUs)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=("3B", "27B"),
+        default=["3B"],
+        help="of steps and scaling: whose width (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, help="processes (default: one per GPU)")

@@ -11,9 +11,9 @@ the last. What is allowed depends on what the layout changes:
               order; scalars that nearly cancel lose most.
 ``rounding``  Tensor parallelism rounds partial sums to bf16 before it adds them. Such a run and
               one GPU's are two roundings of one float32 run. How far one GPU is from that is
-              measured, and the layout may be ``ROUNDINGS`` times as far from the GPU. A loss,
-              the mean of N tokens' whose logits are bf16, may differ by bf16's rounding over the
-              root of N.
+              measured, and the layout may be ``ROUNDINGS`` times as far from the GPU. So may its
+              losses, which may always differ by bf16's rounding over the root of N: means of N
+              tokens whose logits are bf16, that by chance are nearer in one pair of runs.
 
 Gradient norms are not clipped: the norm is a sum over ranks, and its last bit would be in all
 parameters.
@@ -299,8 +299,7 @@ class Parity:
         }
         loss = _largest_difference(found.losses, single.losses)
         outside = {n: e for n, e in errors.items() if not e <= _bound(case, n, noise)}
-        num_tokens = NUM_MB * config.model.seq_length
-        if not loss <= (BF16 / num_tokens**0.5 if noise else 0.0):
+        if not loss <= _loss_bound(noise, NUM_MB * config.model.seq_length):
             outside["losses"] = loss
         return {
             "impl": f"mhc_megatron.{name}",
@@ -388,6 +387,12 @@ def _bound(case: Case, name: str, noise: Noise | None) -> float:
     # A gate's gradient is one number per layer: all gates of its kind say more than it alone.
     alike = [n for t, n in noise.tensors[kind].items() if _last(t) == _last(name)]
     return ROUNDINGS * max(alike)
+
+
+def _loss_bound(noise: Noise | None, num_tokens: int) -> float:
+    if noise is None:
+        return 0.0
+    return max(ROUNDINGS * noise.loss, BF16 / num_tokens**0.5)
 
 
 def _last(name: str) -> str:

@@ -31,13 +31,15 @@ def latest(lines: list[Line], metric: str) -> list[Line]:
 
 
 def steps(lines: list[Line]) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step by implementation and schedule."""
+    """Milliseconds of a step by implementation and schedule, and C where there are several."""
     found: dict[str, dict[str, float]] = {}
-    for line in latest(lines, "step"):
-        if "schedule" in line["shape"]:
-            name = line["shape"]["schedule"]
-            name += ", as a graph" if line.get("launch") == "graph" else ""
-            found.setdefault(line["impl"], {})[name] = line["value"]
+    timed = [line for line in latest(lines, "step") if "schedule" in line["shape"]]
+    widths = {line["shape"]["C"] for line in timed}
+    for line in timed:
+        name = line["shape"]["schedule"]
+        name += f", C={line['shape']['C']}" if len(widths) > 1 else ""
+        name += ", as a graph" if line.get("launch") == "graph" else ""
+        found.setdefault(line["impl"], {})[name] = line["value"]
     return found
 
 
@@ -50,13 +52,14 @@ def bandwidths(lines: list[Line]) -> dict[str, dict[int, float]]:
     return found
 
 
-def scaling(lines: list[Line]) -> dict[int, float]:
-    """Tokens per second by data-parallel ranks."""
-    return {
-        line["shape"]["data"]: line["value"]
-        for line in latest(lines, "throughput")
-        if "data" in line["shape"]
-    }
+def scaling(lines: list[Line]) -> dict[str, dict[int, float]]:
+    """Tokens per second by C and launch, and data-parallel ranks."""
+    found: dict[str, dict[int, float]] = {}
+    for line in latest(lines, "throughput"):
+        if "data" in line["shape"]:
+            name = f"C={line['shape']['C']}, {line.get('launch', 'eager')}"
+            found.setdefault(name, {})[line["shape"]["data"]] = line["value"]
+    return found
 
 
 def draw(lines: list[Line]) -> Figure:
@@ -95,7 +98,7 @@ def _draw_steps(axes: Axes, lines: list[Line]) -> None:
     axes.set_xticks(range(len(schedules)), schedules)
     axes.set(
         ylabel="step, ms (over the plain residual)",
-        title=f"PP={shape['ranks']}, C={shape['C']}, {shape['layers']} layers",
+        title=f"PP={shape['ranks']}, {shape['layers']} layers",
     )
 
 
@@ -118,12 +121,14 @@ def _draw_bandwidths(axes: Axes, lines: list[Line]) -> None:
 
 
 def _draw_scaling(axes: Axes, lines: list[Line]) -> None:
-    found = scaling(lines)
-    sizes = sorted(found)
-    axes.plot(sizes, [found[size] for size in sizes], "o-", color=COLOURS[1], label="measured")
-    linear = [found[sizes[0]] * size / sizes[0] for size in sizes]
-    axes.plot(sizes, linear, color=COLOURS[0], linewidth=0.9, dashes=(1, 1.5), label="linear")
-    axes.set(xlabel="data-parallel GPUs", ylabel="tokens/s", title="weak scaling, mHC")
+    for (name, found), colour in zip(scaling(lines).items(), COLOURS[1:], strict=False):
+        sizes = sorted(found)
+        axes.plot(sizes, [found[size] for size in sizes], "o-", color=colour, label=name)
+        linear = [found[sizes[0]] * size / sizes[0] for size in sizes]
+        axes.plot(sizes, linear, color=COLOURS[0], linewidth=0.9, dashes=(1, 1.5))
+    axes.set(
+        xlabel="data-parallel GPUs", ylabel="tokens/s", title="weak scaling, mHC (dotted: linear)"
+    )
     axes.set_xticks(sizes)
 
 

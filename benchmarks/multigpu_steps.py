@@ -1,7 +1,7 @@
 """Step times under pipeline schedules, and weak scaling: the package's trainer on several GPUs.
 
-Shape of the mHC paper's 3B model (C, sequence, heads); a dense FFN as wide as its active experts,
-(6 + 2) x 896, stands for the mixture of experts, and a vocabulary of bytes for 129280 entries.
+Shapes of the mHC paper's models (C, sequence, number of heads); a dense FFN as wide as the active
+experts, 6 + 2, stands for the mixture of experts, and a vocabulary of bytes for 129280 entries.
 The layers are Transformer Engine's where it is installed, else megatron-core's own, and the results
 say which. Without it attention is unfused, and all variants share its time, so that ratios to the
 plain residual look better than with a fused one: differences do not.
@@ -73,12 +73,18 @@ def variants(schedule: str) -> dict[str, Variant]:
 class Size:
     """Of the model that is timed."""
 
-    hidden: int = 1280
-    heads: int = 16
-    ffn: int = 7168
+    hidden: int
+    heads: int
+    ffn: int
     seq: int = 4096
     backend: Backend = "triton"
     out: Path = Path()  # where the trainer prepares its data
+
+
+MODELS = {
+    "3B": Size(hidden=1280, heads=16, ffn=8 * 896),
+    "27B": Size(hidden=2560, heads=32, ffn=8 * 1536),
+}
 
 
 @dataclass(kw_only=True)
@@ -308,7 +314,9 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def scaling_lines(ranks: Ranks, size: Size, *, num_layers: int) -> Iterator[dict[str, Any]]:
+def scaling_lines(
+    ranks: Ranks, size: Size, launch: str, *, num_layers: int
+) -> Iterator[dict[str, Any]]:
     """Result lines of data parallelism over 1, 2, 4, ... ranks with equal work on each."""
     one = 0.0
     for data in (1, 2, 4, 8):
@@ -321,6 +329,7 @@ def scaling_lines(ranks: Ranks, size: Size, *, num_layers: int) -> Iterator[dict
             residual="mhc",
             num_layers=num_layers,
             num_mb=4,
+            graph=LAUNCHES[launch],
         )
         by_rank = ranks.run(time_steps, data, [config], seconds=SECONDS)
         for metric, value, unit, more in _figures(config, [rank[0] for rank in by_rank]):
@@ -330,6 +339,7 @@ def scaling_lines(ranks: Ranks, size: Size, *, num_layers: int) -> Iterator[dict
                 "metric": metric,
                 "value": value,
                 "unit": unit,
+                "launch": launch,
                 **more,
             }
             if metric == "throughput":

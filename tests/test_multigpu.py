@@ -81,7 +81,7 @@ def test_the_picture_has_a_panel_for_what_was_measured(monkeypatch: pytest.Monke
     [axes] = plot.draw(found).axes
     assert {text.get_text() for text in axes.texts} == {"", "+6.0 %"}
     throughput = {"impl": "x", "metric": "throughput", **common}
-    found += [{**throughput, "value": 5.0, "shape": {"data": 1}}]
-    found += [{**throughput, "value": 9.0, "shape": {"data": 2}}]
-    assert plot.scaling(found) == {1: 5.0, 2: 9.0}
+    found += [{**throughput, "value": 5.0, "shape": {"data": 1, "C": 8}}]
+    found += [{**throughput, "value": 9.0, "shape": {"data": 2, "C": 8}}]
+    assert plot.scaling(found) == {"C=8, eager": {1: 5.0, 2: 9.0}}
     assert len(plot.draw(found).axes) == 2

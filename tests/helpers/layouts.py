@@ -153,7 +153,8 @@ def differences(rank: int, world_size: int, left: str, right: str) -> dict[str, 
     A tensor that one side lacks, has another shape or is not finite counts as infinitely far.
     """
     single = TrainConfig(micro_batch_size=1, global_batch_size=1)
-    with distributed_runtime(single, World(rank=rank, local_rank=rank, world_size=world_size)):
+    world = World(rank=rank, local_rank=rank, world_size=world_size)
+    with distributed_runtime(single, world, backend="gloo"):  # NCCL takes seconds to start
         a, b = (dist_checkpointing.load_plain_tensors(folder) for folder in (left, right))
     errors = {}
     for name in sorted(a.keys() | b.keys()):
