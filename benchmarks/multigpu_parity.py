@@ -5,8 +5,10 @@ samples. Compared are the losses, the whole gradients of the first step, and the
 the last. What is allowed depends on what the layout changes:
 
 ``exact``     A pipeline runs the same products on the same micro-batches, and adds up in their
-              order: every bit is equal. (Bidirectional DualPipe adds up each direction's half;
-              its single GPU does so, too.)
+              order: every bit is equal. Its single GPU cuts the layers where the pipeline does:
+              within a stage the gradient of the streams between two layers is not rounded to
+              bf16. (And bidirectional DualPipe adds up each direction's half; its single GPU does
+              so, too.)
 ``order``     Data parallelism adds up the same micro-batches' gradients, in float32, in another
               order; scalars that nearly cancel lose most.
 ``rounding``  Tensor parallelism rounds partial sums to bf16 before it adds them. Such a run and
@@ -20,6 +22,7 @@ parameters.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +42,7 @@ from ranks import Ranks, layouts
 
 from mhc_megatron.config import Backend, MHCConfig
 from mhc_megatron.launch.environment import World
+from mhc_megatron.megatron.chain import chain_of
 from mhc_megatron.megatron.compat import require_transformer_engine_where_core_does
 from mhc_megatron.training.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config, wrap_data_parallel
@@ -67,6 +71,8 @@ class Case:
         layout: arguments of ``ParallelConfig``.
         bound: see the module.
         experts: a mixture of experts.
+        engine: Transformer Engine's modules, which exchange keys and values over ranks.
+        cuts: of the layers on the single GPU, evenly; those between this layout's chunks.
         halves: one GPU adds up either half of the micro-batches by itself.
         graph: the last step is a CUDA graph.
         overlap: gradients are reduced and parameters gathered during backward and forward.
@@ -77,10 +83,21 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     bound: Bound = "exact"
     experts: bool = False
+    engine: bool = False
+    cuts: int = 0
     halves: bool = False
     graph: bool = False
     overlap: bool = False
     spoiled: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of the model."""
+        return f"{'moe' if self.experts else 'dense'}{'_engine' * self.engine}"
+
+    def alone(self) -> "Case":
+        """The single GPU's."""
+        return Case(experts=self.experts, engine=self.engine, cuts=self.cuts, halves=self.halves)
 
 
 def cases(num_ranks: int) -> dict[str, Case]:
@@ -92,25 +109,34 @@ def cases(num_ranks: int) -> dict[str, Case]:
         "tp2_sp_spoiled": Case(layout=sequence, bound="rounding", spoiled=True),
         "dp2": Case(layout={"data": 2}, bound="order"),
         "dp2_overlap": Case(layout={"data": 2}, bound="order", overlap=True),
-        "cp2": Case(layout={"context": 2}, bound="rounding"),
         "ep2": Case(layout={"data": 2, "expert": 2}, bound="rounding", experts=True),
     }
     for ranks in (2, 4):
         for schedule in ("megatron", "one_f_one_b", "zb_h1", "dualpipe_v", "dualpipe"):
             name = "1f1b" if schedule == "megatron" else schedule
             layout = {"pipeline": ranks, "schedule": schedule}
-            found[f"pp{ranks}_{name}"] = Case(layout=layout, halves=schedule == "dualpipe")
+            chunks = 2 * ranks if schedule == "dualpipe_v" else ranks
+            halves = schedule == "dualpipe"
+            found[f"pp{ranks}_{name}"] = Case(layout=layout, cuts=chunks - 1, halves=halves)
+        dualpipe_v = found[f"pp{ranks}_dualpipe_v"]
+        overlapped = {**dualpipe_v.layout, "overlap": "all"}
+        found[f"pp{ranks}_dualpipe_v_overlap"] = replace(dualpipe_v, layout=overlapped)
     found |= {
-        "pp4_interleaved": Case(layout={"pipeline": 4, "virtual": 2}),
+        "pp4_interleaved": Case(layout={"pipeline": 4, "virtual": 2}, cuts=7),
         "ep4": Case(layout={"data": 4, "expert": 4}, bound="rounding", experts=True),
         "tp2_sp_pp2_dualpipe_v": Case(
             layout={**sequence, "pipeline": 2, "schedule": "dualpipe_v"}, bound="rounding"
         ),
     }
+    if importlib.util.find_spec("transformer_engine") is not None:
+        found["cp2"] = Case(layout={"context": 2}, bound="rounding", engine=True)
     if torch.cuda.is_available():
         found |= {
             f"{name}_graph": replace(found[name], graph=True)
-            for name in ("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp4_dualpipe_v")
+            for name in (
+                *("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp2_dualpipe_v_overlap"),
+                *("pp4_dualpipe_v", "pp4_dualpipe_v_overlap"),
+            )
         }
     sizes = {name: ParallelConfig(**case.layout).world_size for name, case in found.items()}
     return {name: case for name, case in found.items() if sizes[name] <= num_ranks}
@@ -122,6 +148,7 @@ def run_config(
     layout: dict[str, Any],
     *,
     experts: bool = False,
+    engine: bool = False,
     graph: bool = False,
 ) -> TrainConfig:
     """A bf16 model; ``size`` has ModelConfig's names."""
@@ -131,7 +158,8 @@ def run_config(
     }
     return TrainConfig(
         model=ModelConfig(**size, **(moe if experts else {})),
-        mhc=MHCConfig(backend=backend),
+        # A rebuild on the lanes needs something to rebuild; it has the same bits.
+        mhc=MHCConfig(backend=backend, recompute="auto" if "overlap" in layout else "none"),
         parallel=ParallelConfig(distributed_optimizer=True, **layout),
         optimizer=OptimizerConfig(
             lr=2e-3, min_lr=2e-3, warmup_steps=0, clip_grad=0.0, eps=ADAM_EPS
@@ -140,6 +168,7 @@ def run_config(
         micro_batch_size=1,
         global_batch_size=NUM_MB,
         dtype="bf16",
+        transformer_impl="transformer_engine" if engine else "local",
         cuda_graph=graph,
         timeout_minutes=SECONDS / 60,
     )
@@ -160,6 +189,8 @@ def train(rank: int, world_size: int, config: TrainConfig, case: Case, folder: s
         for index, chunk in enumerate(chunks):
             # Without Transformer Engine's extra state, which the checkpoint does not have.
             chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)
+        if world_size == 1:
+            cut(chunks, case.cuts)
         if case.spoiled:
             drop_sequence_parallel_tags(chunks)
         if case.overlap:
@@ -203,6 +234,14 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def cut(chunks: list[torch.nn.Module], cuts: int) -> None:
+    """Let layers end, and begin, as those at the ends of ``cuts`` + 1 chunks do."""
+    layers = [layer for chunk in chunks for layer in chain_of(chunk).layers]
+    size = len(layers) // (cuts + 1)
+    for layer in layers[size - 1 :: size]:
+        layer.hands_over = False
 
 
 def drop_sequence_parallel_tags(chunks: list[torch.nn.Module]) -> None:
@@ -275,7 +314,7 @@ class Parity:
     def __init__(self, ranks: Ranks, folder: Path, size: dict[str, int], backend: Backend) -> None:
         self._ranks, self._folder, self._size, self._backend = ranks, folder, size, backend
         self._singles: dict[str, Single] = {}
-        self._noise: dict[bool, Noise] = {}
+        self._noise: dict[str, Noise] = {}
 
     def line(self, name: str, case: Case) -> dict[str, Any]:
         """The result line of a case, without provenance.
@@ -284,12 +323,10 @@ class Parity:
             WorkerFailed: a job failed.
             UserError: this layout is not supported here.
         """
-        config = run_config(
-            self._size, self._backend, case.layout, experts=case.experts, graph=case.graph
-        )
+        config = self._config(case)
         require_transformer_engine_where_core_does(transformer_config(config))
         single = self._single(case)
-        noise = None if case.bound == "exact" else self._noise_of(experts=case.experts)
+        noise = None if case.bound == "exact" else self._noise_of(case)
         found = self._train(name, config, case)
         errors = {
             f"{kind}.{tensor}": error
@@ -329,31 +366,38 @@ class Parity:
         }
 
     def _single(self, case: Case) -> Single:
-        name = "one_moe" if case.experts else "one_in_halves" if case.halves else "one"
+        alone = case.alone()
+        name = f"{alone.kind}_cuts{alone.cuts}{'_in_halves' * alone.halves}"
         if name not in self._singles:
-            config = run_config(self._size, self._backend, {}, experts=case.experts)
+            config = self._config(alone)
             initial = _initial(self._folder, case)
             if not initial.exists():
                 initial.mkdir()
                 self._ranks.run(layouts.save_initial, 1, config, str(initial), seconds=SECONDS)
-            alone = Case(experts=case.experts, halves=case.halves)
             self._singles[name] = self._train(name, config, alone)
         return self._singles[name]
 
-    def _noise_of(self, *, experts: bool) -> Noise:
-        if experts not in self._noise:
-            case = Case(experts=experts)
-            # In float32, by the definition of the hyper-connections.
-            config = run_config(self._size, "reference", {}, experts=experts)
-            truth = self._train(
-                f"float32{'_moe' if experts else ''}", replace(config, dtype="fp32"), case
-            )
+    def _noise_of(self, case: Case) -> Noise:
+        kind = case.kind
+        if kind not in self._noise:
             single = self._single(case)
-            self._noise[experts] = Noise(
+            # In float32, by the definition of the hyper-connections.
+            config = replace(self._config(case.alone()), dtype="fp32")
+            config = replace(config, mhc=replace(config.mhc, backend="reference"))
+            truth = self._train(f"float32_{kind}", config, case.alone())
+            self._noise[kind] = Noise(
                 loss=_largest_difference(single.losses, truth.losses),
-                tensors={kind: self._differences(single, truth, kind) for kind in KINDS},
+                tensors={tensors: self._differences(single, truth, tensors) for tensors in KINDS},
             )
-        return self._noise[experts]
+        return self._noise[kind]
+
+    def _config(self, case: Case) -> TrainConfig:
+        return run_config(
+            *(self._size, self._backend, case.layout),
+            experts=case.experts,
+            engine=case.engine,
+            graph=case.graph,
+        )
 
     def _train(self, name: str, config: TrainConfig, case: Case) -> Single:
         folder = self._folder / name
@@ -370,7 +414,7 @@ class Parity:
 
 
 def _initial(folder: Path, case: Case) -> Path:
-    return folder / ("initial_moe" if case.experts else "initial")
+    return folder / f"initial_{case.kind}"
 
 
 def _largest_difference(losses: list[float], others: list[float]) -> float:

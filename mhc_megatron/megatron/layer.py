@@ -49,6 +49,9 @@ class MHCTransformerLayer(TransformerLayer):
     Built from a stock layer spec by ``with_hyper_connections``. Only ``forward`` is overridden;
     it calls the parent's public submodules and none of its private steps.
 
+    Attributes:
+        hands_over: ends in one pass with the next layer's beginning, which is not cut off.
+
     Args:
         config, submodules: as for ``TransformerLayer``; remaining arguments are passed on.
         mhc: the hyper-connections' configuration.
@@ -93,7 +96,7 @@ class MHCTransformerLayer(TransformerLayer):
         self.chain = (chain or ChainBuilder(mhc, num_layers=1)).join(self, position)
         self._first_in_block = 2 * position
         # A checkpointed layer returns its outputs alone.
-        self._hands_over = config.recompute_granularity != "full"
+        self.hands_over = config.recompute_granularity != "full"
 
     def forward(
         self,
@@ -178,7 +181,7 @@ class MHCTransformerLayer(TransformerLayer):
             )
         before = streams
         (output,) = self.chain.begin("mlp_post", output, used=(streams, *tensors_of(mix)))
-        following = self.chain.after(self) if self._hands_over else None
+        following = self.chain.after(self) if self.hands_over else None
         if following is None:
             streams = mlp.post(streams, output, mix, branch_bias=bias)
             if self.mhc.variant == "single_pass":

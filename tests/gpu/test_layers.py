@@ -88,7 +88,7 @@ def test_layers_that_hand_over_follow_layers_apart() -> None:
     chunk = build(run_config("dense"))
     kept = step(chunk)
     for layer in layers(chunk):
-        layer._hands_over = False
+        layer.hands_over = False
     apart = step(chunk)
     assert all(map(torch.equal, apart.losses, kept.losses))
     errors = {

@@ -66,7 +66,7 @@ def two_models(
         models[1].load_state_dict(models[0].state_dict())
         for module in models[1].modules():
             if isinstance(module, MHCTransformerLayer):
-                module._hands_over = False
+                module.hands_over = False
         calls = [count_pre(model) for model in models]
         sample = layouts.sample(0, 8)
         gradients = []
