@@ -2,8 +2,8 @@
 
     python benchmarks/multigpu_plot.py benchmarks/results/h100/multigpu.jsonl docs/multigpu.svg
 
-Of the commit that was measured last, and of its runs the latest that has a figure. What was not
-measured leaves its panel out.
+Every panel is of the commit at which its figures were measured last, and of that commit's runs the
+latest that has a figure. What was not measured leaves its panel out.
 """
 
 import sys
@@ -17,14 +17,15 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#888888", "#0072B2", "#D55E00", "#009E73")
 PLAIN = "megatron_core"
+WAYS = ("one way", "both ways")
 
 
 def latest(lines: list[Line], metric: str) -> list[Line]:
-    """Lines of ``metric``, of the last commit; a later line replaces one of the same work."""
-    commit = lines[-1]["commit"]
+    """Lines of ``metric``, of its last commit; a later line replaces one of the same work."""
+    lines = [line for line in lines if line["metric"] == metric]
     found: dict[str, Line] = {}
     for line in lines:
-        if (line["commit"], line["metric"]) == (commit, metric):
+        if line["commit"] == lines[-1]["commit"]:
             work = f"{line['impl']} {sorted(line['shape'].items())} {line.get('launch')}"
             found[work] = line
     return list(found.values())
@@ -43,12 +44,12 @@ def steps(lines: list[Line]) -> dict[str, dict[str, float]]:
     return found
 
 
-def bandwidths(lines: list[Line]) -> dict[str, dict[int, float]]:
-    """GB/s per direction by implementation and directions, and C."""
-    found: dict[str, dict[int, float]] = {}
+def bandwidths(lines: list[Line]) -> dict[tuple[str, str], dict[int, float]]:
+    """GB/s per direction by implementation and ``WAYS``, and C."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
     for line in latest(lines, "p2p_bandwidth"):
-        name = f"{line['impl']}, {'one way' if line['shape']['directions'] == 1 else 'both ways'}"
-        found.setdefault(name, {})[line["shape"]["C"]] = line["value"]
+        key = (line["impl"], WAYS[line["shape"]["directions"] - 1])
+        found.setdefault(key, {})[line["shape"]["C"]] = line["value"]
     return found
 
 
@@ -73,15 +74,17 @@ def draw(lines: list[Line]) -> Figure:
         )
         if figures
     ]
-    figure = Figure(figsize=(5.0 * len(panels), 4.0), layout="constrained")
+    figure = Figure(figsize=(5.0 * len(panels), 4.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes, lines)
         axes.grid(color="#e6e6e6", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.15)
         axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8)
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+            axes.legend(frameon=False, fontsize=8, **place)
     figure.suptitle(f"{lines[-1]['gpu']}, bf16")
     return figure
 
@@ -93,13 +96,21 @@ def _draw_steps(axes: Axes, lines: list[Line]) -> None:
     for index, ((name, times), colour) in enumerate(zip(found.items(), COLOURS, strict=False)):
         places = [schedules.index(s) + (index - (len(found) - 1) / 2) * width for s in times]
         bars = axes.bar(places, list(times.values()), width * 0.95, color=colour, label=name)
-        axes.bar_label(bars, [_over_plain(found, name, s) for s in times], fontsize=7)
+        labels = [_over_plain(found, name, s) for s in times]
+        axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
     shape = latest(lines, "step")[0]["shape"]
     axes.set_xticks(range(len(schedules)), schedules)
     axes.set(
         ylabel="step, ms (over the plain residual)",
         title=f"PP={shape['ranks']}, {shape['layers']} layers",
     )
+
+
+def labels(lines: list[Line]) -> list[str]:
+    """What stands on the bars of the steps."""
+    found = steps(lines)
+    texts = [_over_plain(found, name, s) for name, times in found.items() for s in times]
+    return [text for text in texts if text]
 
 
 def _over_plain(found: dict[str, dict[str, float]], name: str, schedule: str) -> str:
@@ -110,8 +121,14 @@ def _over_plain(found: dict[str, dict[str, float]], name: str, schedule: str) ->
 
 
 def _draw_bandwidths(axes: Axes, lines: list[Line]) -> None:
-    for (name, found), colour in zip(bandwidths(lines).items(), COLOURS, strict=False):
-        axes.plot(list(found), list(found.values()), "o-", color=colour, label=name)
+    found = bandwidths(lines)
+    colours = dict(zip(dict.fromkeys(name for name, _ in found), COLOURS, strict=False))
+    for (name, ways), rates in found.items():
+        axes.plot(
+            *(list(rates), list(rates.values()), "o-" if ways == WAYS[0] else "o--"),
+            color=colours[name],
+            label=f"{name}, {ways}",
+        )
     shape = latest(lines, "p2p_bandwidth")[0]["shape"]
     axes.set(
         xlabel="C",

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from kernel_table import Line, markdown, read
-from multigpu_plot import PLAIN, steps
+from multigpu_plot import PLAIN, bandwidths, steps
 
 _PLAIN_STAGE = "megatron-core"
 
@@ -126,6 +126,34 @@ def multigpu(lines: list[Line]) -> str:
     return markdown(["schedule", "plain", *names], body)
 
 
+def parity(lines: list[Line]) -> str:
+    """Layouts on several GPUs against one: what was compared, and how far the furthest is."""
+    latest = {line["impl"]: line for line in lines if line["metric"] == "parity"}
+    body = []
+    for implementation, line in sorted(latest.items(), key=lambda item: item[1]["bound"]):
+        rounding = line["rounding"] or {}
+        cells = [implementation.removeprefix("mhc_megatron."), line["bound"]]
+        cells += [f"{line['value']}", f"{line['mismatches']}"]
+        for kind in ("gradients", "parameters", "losses"):
+            largest, noise = line["largest"][kind], rounding.get(kind)
+            cells.append("" if largest is None else f"{largest:.1e}" if largest else "0")
+            cells[-1] += f" ({noise:.1e})" if noise and largest is not None else ""
+        body.append(cells)
+    head = ["layout", "bound", "tensors", "beyond it", "gradients", "parameters", "losses"]
+    return markdown(head, body)
+
+
+def p2p(lines: list[Line]) -> str:
+    """Bandwidth of the streams' messages between two GPUs."""
+    found = bandwidths(lines)
+    widths = sorted({width for rates in found.values() for width in rates})
+    body = [
+        [name, ways, *(f"{rates[width]:.0f}" for width in widths)]
+        for (name, ways), rates in found.items()
+    ]
+    return markdown(["GB/s in a direction", "", *(f"C = {width}" for width in widths)], body)
+
+
 def step_graph(lines: list[Line]) -> str:
     """Training steps on one GPU, launched kernel by kernel and as one CUDA graph."""
     rows: dict[str, dict[str, dict[str, Line]]] = {}
@@ -199,6 +227,9 @@ if __name__ == "__main__":
     }
     lines = read(path)
     print(tables[path.stem](lines))
+    if path.stem == "multigpu":
+        print(p2p(lines))
+        print(parity(lines))
     if path.stem == "te_blocks" and any(line.get("launch") == "graph" for line in lines):
         print(block_graphs(lines))
     if path.stem == "overlap":

@@ -59,7 +59,12 @@ def test_the_fp8_page_shows_the_results_files(benchmark: Callable[[str], Any]) -
 def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
     tables, read = benchmark("stage_tables"), benchmark("kernel_table").read
     page = (ROOT / "docs" / "pipeline.md").read_text()
-    assert tables.multigpu(read(RESULTS / "h200" / "multigpu.jsonl")) in page
+    lines = read(RESULTS / "h200" / "multigpu.jsonl")
+    for table in (tables.multigpu, tables.p2p, tables.parity):
+        assert table(lines) in page
+    picture = (ROOT / "docs" / "multigpu.svg").read_text()
+    for times in benchmark("multigpu_plot").labels(lines):
+        assert times in picture
     for launch in ("eager", "graph"):
         assert tables.overlap(read(RESULTS / "h200" / "overlap.jsonl"), launch) in page
     assert tables.slowdowns(read(RESULTS / "h200" / "overlap.jsonl"), "graph") in page
@@ -85,6 +90,17 @@ def test_pipelines_on_a_gpu_have_the_bits_of_a_loop_and_the_comparison_sees() ->
     for line in newest.values():
         assert (line["seeds"], line["mismatches"]) == (200, 0)
         assert line["control"]["mismatches"] > line["control"]["seeds"] // 2
+
+
+def test_layouts_over_several_gpus_are_within_their_bounds_and_a_fault_is_not() -> None:
+    lines = map(json.loads, (RESULTS / "h200/multigpu.jsonl").read_text().splitlines())
+    newest = {line["impl"]: line for line in lines if line["metric"] == "parity"}
+    names = {name.removeprefix("mhc_megatron.") for name in newest}
+    assert names >= {"tp2_sp", "dp2", "ep2", "pp2_1f1b", "pp2_dualpipe_v", "pp2_dualpipe_v_overlap"}
+    for name, line in newest.items():
+        assert (line["mismatches"] > 0) is name.endswith("_spoiled"), name
+        if "pp2" in name:
+            assert line["bound"] == "exact"
 
 
 def test_megatrons_loop_has_the_losses_of_ours_on_a_gpu() -> None:
