@@ -3,7 +3,8 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -282,6 +283,21 @@ def tensors_of(mix: Mix) -> tuple[Tensor | None, ...]:
     if isinstance(mix, kernels.PackedMappings):
         return mix.packed, mix.inverse_rms
     return tuple(mix)
+
+
+def graph_of(mix: Mix) -> tuple[Tensor, ...]:
+    """What ``post`` with these mappings sends gradients to, beside streams and branch."""
+    if isinstance(mix, kernels.PackedMappings):
+        return (mix.packed,) if mix.through is None else (mix.packed, mix.through)
+    return tuple(mix)
+
+
+def with_graph(mix: Mix, tensors: Sequence[Tensor]) -> Mix:
+    """The same mappings with other tensors of the same numbers for those of ``graph_of``."""
+    if isinstance(mix, kernels.PackedMappings):
+        packed, *through = tensors
+        return replace(mix, packed=packed, through=through[0] if through else None)
+    return kernels.Mappings(*tensors)
 
 
 @functools.cache

@@ -58,8 +58,10 @@ def stage_phases(
 
     Args:
         is_moe: of each of its layers, whether its MLP is one of experts.
-        mode: with ``post`` and ``all``, what follows an MLP or its experts, F_post,res, is on the
-            priority lane, as in the paper; the attention's stays on the compute lane.
+        mode: with ``post`` and ``all``, what follows an MLP or the exchange after its experts,
+            ``unpermute`` and F_post,res, is on the priority lane, so that it does not wait for what
+            the other micro-batch computes; the attention's stays on the compute lane, as in the
+            paper.
         block_ends: the last sublayer of each recompute block, from 0 in the stage.
         loss: the stage has the final norm and the loss.
     """
@@ -70,7 +72,7 @@ def stage_phases(
             Phase("attention", layer=layer),
             Phase("attention_post", layer=layer, begins_block=2 * layer in block_ends),
             *(
-                Phase(name, Lane.COMMUNICATION if name in _COMMUNICATION else Lane.COMPUTE, layer)
+                Phase(name, posts if name == "unpermute" else _lane_in_mlp(name), layer)
                 for name in (MOE_PHASES if moe else ("mlp",))
             ),
             Phase("mlp_post", posts, layer, begins_block=2 * layer + 1 in block_ends),
@@ -78,6 +80,10 @@ def stage_phases(
     if loss:
         phases.append(Phase("leave"))
     return tuple(phases)
+
+
+def _lane_in_mlp(name: str) -> Lane:
+    return Lane.COMMUNICATION if name in _COMMUNICATION else Lane.COMPUTE
 
 
 @dataclass(frozen=True, slots=True)

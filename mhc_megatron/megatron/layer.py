@@ -15,7 +15,14 @@ from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.fp8 import reject_unsupported_precision, reject_weights
-from mhc_megatron.hyper_connection import HyperConnection, Mix, normalises, tensors_of
+from mhc_megatron.hyper_connection import (
+    HyperConnection,
+    Mix,
+    graph_of,
+    normalises,
+    tensors_of,
+    with_graph,
+)
 from mhc_megatron.megatron.chain import ChainBuilder
 from mhc_megatron.megatron.engine import engine_weights, this_platform
 from mhc_megatron.megatron.norm import tag_sequence_parallel
@@ -133,7 +140,7 @@ class MHCTransformerLayer(TransformerLayer):
         normed = branch_input
         if not normalises(mix):
             normed = _single(self.input_layernorm(branch_input), "input_layernorm")
-        (normed,) = self.chain.begin("attention", normed, used=(streams, *tensors_of(mix)))
+        normed, streams, mix = self._begin_branch("attention", normed, streams, mix)
         output, bias = self.self_attention(
             normed,
             attention_mask=attention_mask,
@@ -167,6 +174,8 @@ class MHCTransformerLayer(TransformerLayer):
         normed = branch_input
         if not normalises(mix):
             normed = _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm")
+        phase = "router" if self.is_moe_layer else "mlp"
+        normed, streams, mix = self._begin_branch(phase, normed, streams, mix)
         output, bias = self._mlp(normed, padding_mask)
         if recompute is not None:
             recompute.branch_done(
@@ -204,12 +213,24 @@ class MHCTransformerLayer(TransformerLayer):
             streams = _viewless(streams)
         return streams, context
 
+    def _begin_branch(
+        self, phase: str, normed: Tensor, streams: Tensor, mix: Mix
+    ) -> tuple[Tensor, Tensor, Mix]:
+        """The first phase of a branch. What its post will read goes past it, not through it.
+
+        The gradients of that are made on post's lane. They have to come back through the boundary:
+        else the lane that made streams and mappings would wait for them as soon as they are made.
+        """
+        if self.chain.marker is None:
+            return normed, streams, mix
+        normed, streams, *tensors = self.chain.begin(
+            phase, normed, streams, *graph_of(mix), used=tensors_of(mix)
+        )
+        return normed, streams, with_graph(mix, tensors)
+
     def _mlp(self, normed: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        begin = self.chain.begin
         if self.chain.marker is not None and self.is_moe_layer:
-            (normed,) = begin("router", normed)
-            return run_moe(self.mlp, normed, padding_mask, begin), None
-        (normed,) = begin("mlp", normed)
+            return run_moe(self.mlp, normed, padding_mask, self.chain.begin), None
         output, bias = self.mlp(normed, padding_mask=padding_mask)
         return output, bias
 

@@ -52,15 +52,16 @@ class Lanes:
         return tuple(self._streams[lane] for lane in lanes)
 
     def enter(self, lane: Lane, ended: Any, tensors: Sequence[Tensor | None]) -> None:
-        """Go on with ``lane``, after the event ``ended``, with ``tensors`` made before."""
+        """Go on with ``lane``, after the event ``ended``, with ``tensors`` of any lane."""
         stream = self.stream(lane)
-        if stream is None or stream == torch.cuda.current_stream():
+        if stream is None:
             return
-        stream.wait_event(ended)
+        if stream != torch.cuda.current_stream():
+            stream.wait_event(ended)
+            torch.cuda.set_stream(stream)
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(stream)
-        torch.cuda.set_stream(stream)
 
     @contextlib.contextmanager
     def between(self) -> Iterator[None]:

@@ -112,6 +112,15 @@ def test_every_phase_runs_on_its_lane_and_a_forward_ends_on_the_compute_lane(
             stream.notes.clear()
 
 
+def test_what_a_phase_reads_is_recorded_also_where_the_lane_stays(recorded: Recorded) -> None:
+    """``mlp_post`` after ``unpermute`` reads streams that the compute lane made."""
+    made = torch.ones(1), torch.ones(1)
+    for tensor in made:
+        recorded.lanes.enter(Lane.PRIORITY, recorded.compute.record_event(), [tensor, None])
+    assert recorded.tensors == [(tensor.data_ptr(), "priority") for tensor in made]
+    assert recorded.lanes.stream(Lane.PRIORITY).notes == ["compute"]
+
+
 class Rebuilt:
     """A block of a recompute that notes among a stream's waits when it is rebuilt."""
 
