@@ -89,8 +89,9 @@ def forecast(
         ScheduleError: a phase without a cost.
     """
     plan = interleave(phases, phases, costs, rebuild=rebuild)
-    spans = simulate_lanes(plan, phases, phases, costs, slowdowns)
-    unslowed = simulate_lanes(plan, phases, phases, costs)
+    unslowed = spans = simulate_lanes(plan, phases, phases, costs)
+    if slowdowns != NO_SLOWDOWNS:
+        spans = simulate_lanes(plan, phases, phases, costs, slowdowns)
     one_by_one = simulate_lanes(serial(phases, phases), phases, phases, costs, slowdowns)
     found = [costs[phase.name] for phase in phases]
     blocks = [costs[phase.name].rebuild for phase in phases if phase.begins_block]

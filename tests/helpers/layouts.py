@@ -75,7 +75,8 @@ def randomise(chunks: list[torch.nn.Module], seed: int) -> None:
 
 def save_initial(rank: int, world_size: int, config: TrainConfig, folder: str) -> None:
     """Build the model in one process, randomise it and save its parameters."""
-    with distributed_runtime(config, World(rank=rank, local_rank=rank, world_size=world_size)):
+    world = World(rank=rank, local_rank=rank, world_size=world_size)
+    with distributed_runtime(config, world, backend="gloo"):  # NCCL takes seconds to start
         chunks = build_chunks(config, transformer_config(config), vocab_size=VOCAB)
         randomise(chunks, seed=7)
         dist_checkpointing.save(sharded(chunks), folder)
@@ -154,7 +155,7 @@ def differences(rank: int, world_size: int, left: str, right: str) -> dict[str, 
     """
     single = TrainConfig(micro_batch_size=1, global_batch_size=1)
     world = World(rank=rank, local_rank=rank, world_size=world_size)
-    with distributed_runtime(single, world, backend="gloo"):  # NCCL takes seconds to start
+    with distributed_runtime(single, world, backend="gloo"):
         a, b = (dist_checkpointing.load_plain_tensors(folder) for folder in (left, right))
     errors = {}
     for name in sorted(a.keys() | b.keys()):
