@@ -88,6 +88,12 @@ def _reject_arguments(args: Namespace, pipeline: Mapping[str, str]) -> None:
     virtual = args.virtual_pipeline_model_parallel_size
     refusals = (
         (
+            pipeline["schedule"] == "dualpipe_v" and args.pipeline_model_parallel_size == 1,
+            "--pipeline-model-parallel-size=1",
+            "Megatron's loop gives a rank two chunks in a pipeline only",
+            "use mhc-megatron train, or --mhc-schedule=megatron",
+        ),
+        (
             virtual is not None,
             f"{virtual} virtual pipeline stages",
             "the schedule has its own number of stages per rank",

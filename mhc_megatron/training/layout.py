@@ -164,7 +164,8 @@ class ParallelConfig:
             raise UserError(f"parallel.schedule={name!r} is not one of {', '.join(known)}")
         if name == "megatron":
             return
-        if self.pipeline < 2:
+        # Two stages on one rank pair forwards with backwards, for an overlap without a pipeline.
+        if self.pipeline < 2 and name != "dualpipe_v":
             raise UserError(
                 f"parallel.schedule={name!r} needs parallel.pipeline > 1; "
                 "set parallel.schedule=megatron"

@@ -213,6 +213,9 @@ def test_what_does_not_combine_is_refused_before_a_step(
         "included; set recompute='none', or recompute_granularity='selective'",
         "--mhc-schedule=zb_h1": "--mhc-schedule='zb_h1' needs --pipeline-model-parallel-size > 1; "
         "set --mhc-schedule=megatron",
+        "--mhc-schedule=dualpipe_v": "--pipeline-model-parallel-size=1 does not combine with "
+        "--mhc-schedule=dualpipe_v: Megatron's loop gives a rank two chunks in a pipeline only; "
+        "use mhc-megatron train, or --mhc-schedule=megatron",
         "--spec a b": "--spec a b and hyper_connect both choose the layers; leave out --spec",
         "--sft": "--sft is done by Megatron-LM's pretrain_gpt.py and not by mhc-megatron "
         "pretrain; add hyper_connect to that script (docs/megatron.md)",
