@@ -7,6 +7,7 @@ Starts a process per GPU, on 2, 4 or 8 of them. The parts, by name in ``--parts`
 
 parity   every layout against one GPU, in bf16 (multigpu_parity.py)
 steps    step times of a pipeline, plain residual and mHC (multigpu_steps.py)
+experts  step times of expert parallelism, plain residual and mHC, and with its exchanges hidden
 p2p      bandwidth of messages of n*C between two GPUs (multigpu_p2p.py)
 scaling  tokens per second over data-parallel ranks with equal work on each (multigpu_steps.py)
 kill     a rank that is killed in a step ends the job, named (multigpu_kill.py)
@@ -36,7 +37,14 @@ from ranks import Ranks, WorkerFailed
 from mhc_megatron.errors import UserError
 
 # Seconds, without the start of processes. Together below nine minutes.
-LIMITS = {"parity": 180.0, "steps": 150.0, "p2p": 60.0, "scaling": 45.0, "kill": 60.0}
+LIMITS = {
+    "parity": 180.0,
+    "steps": 120.0,
+    "experts": 60.0,
+    "p2p": 50.0,
+    "scaling": 45.0,
+    "kill": 60.0,
+}
 
 
 @dataclass
@@ -122,6 +130,18 @@ def steps(bench: Bench) -> None:
         )
 
 
+def experts(bench: Bench) -> None:
+    """Step times of expert parallelism over all ranks."""
+    import multigpu_steps as part
+
+    for model in bench.args.models:
+        size = _size(bench, model)
+        bench.attempt(
+            f"experts {model}",
+            lambda size=size: part.expert_lines(bench.ranks, size, num_layers=bench.args.layers),
+        )
+
+
 def p2p(bench: Bench) -> None:
     """Messages between two ranks."""
     import multigpu_p2p as part
@@ -170,13 +190,14 @@ def _size(bench: Bench, model: str) -> Any:
     size = replace(part.MODELS[model], backend=bench.args.backend, out=bench.folder)
     if bench.args.hidden:
         ffn = size.ffn * bench.args.hidden // size.hidden
-        size = replace(size, hidden=bench.args.hidden, heads=4, ffn=ffn)
+        size = replace(size, hidden=bench.args.hidden, heads=4, ffn=ffn, experts=8)
     return replace(size, seq=bench.args.seq or size.seq)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "parity": parity,
     "steps": steps,
+    "experts": experts,
     "p2p": p2p,
     "scaling": scaling,
     "kill": kill,
@@ -202,7 +223,7 @@ def main() -> int:
         nargs="+",
         choices=("3B", "27B"),
         default=["3B"],
-        help="of steps and scaling: whose width (default: %(default)s)",
+        help="of steps, experts and scaling: whose width (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, help="processes (default: one per GPU)")

@@ -110,6 +110,11 @@ def cases(num_ranks: int) -> dict[str, Case]:
         "dp2": Case(layout={"data": 2}, bound="order"),
         "dp2_overlap": Case(layout={"data": 2}, bound="order", overlap=True),
         "ep2": Case(layout={"data": 2, "expert": 2}, bound="rounding", experts=True),
+        "ep2_overlap": Case(
+            layout={"data": 2, "expert": 2, "schedule": "dualpipe_v", "overlap": "all"},
+            bound="rounding",
+            experts=True,
+        ),
     }
     for ranks in (2, 4):
         for schedule in ("megatron", "one_f_one_b", "zb_h1", "dualpipe_v", "dualpipe"):

@@ -1,7 +1,8 @@
 """Step times under pipeline schedules, and weak scaling: the package's trainer on several GPUs.
 
-Shapes of the mHC paper's models (C, sequence, number of heads); a dense FFN as wide as the active
-experts, 6 + 2, stands for the mixture of experts, and a vocabulary of bytes for 129280 entries.
+Shapes of the mHC paper's models (C, sequence, number of heads); in pipelines a dense FFN as wide as
+the active experts, 6 + 2, stands for the mixture of experts, and everywhere a vocabulary of bytes
+for 129280 entries. Expert parallelism is timed by itself, without the shared experts.
 The layers are Transformer Engine's where it is installed, else megatron-core's own, and the results
 say which. Without it attention is unfused, and all variants share its time, so that ratios to the
 plain residual look better than with a fused one: differences do not.
@@ -32,6 +33,7 @@ from mhc_megatron.training.trainer import Trainer
 
 WARM_UP, TIMED = 3, 4  # steps; one more is measured action by action
 SECONDS = 75.0  # of a schedule with all variants; the first compiles the kernels
+ACTIVE = 6  # experts of a token
 LAUNCHES = {"eager": False, "graph": True}  # value: cuda_graph
 NO_PIPELINE = "none"
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -59,6 +61,7 @@ VARIANTS = {
     "mhc_recompute": Variant(recompute="auto"),
 }
 OVERLAPPED = {"mhc_overlap": Variant(recompute="auto", overlap="all")}
+PAIRED = {"mhc_pairs": Variant(recompute="auto"), **OVERLAPPED}
 TRANSFORMER_IMPL: Any = (
     "local" if importlib.util.find_spec("transformer_engine") is None else "transformer_engine"
 )
@@ -71,19 +74,25 @@ def variants(schedule: str) -> dict[str, Variant]:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the model that is timed."""
+    """Of the model that is timed.
+
+    Attributes:
+        ffn: of a dense MLP; of an expert an eighth of it.
+        experts: routed ones, ``ACTIVE`` of which take a token.
+    """
 
     hidden: int
     heads: int
     ffn: int
+    experts: int
     seq: int = 4096
     backend: Backend = "triton"
     out: Path = Path()  # where the trainer prepares its data
 
 
 MODELS = {
-    "3B": Size(hidden=1280, heads=16, ffn=8 * 896),
-    "27B": Size(hidden=2560, heads=32, ffn=8 * 1536),
+    "3B": Size(hidden=1280, heads=16, ffn=8 * 896, experts=64),
+    "27B": Size(hidden=2560, heads=32, ffn=8 * 1536, experts=72),
 }
 
 
@@ -207,10 +216,17 @@ def _config(
     residual: Any,
     num_layers: int,
     num_mb: int,
+    experts: bool = False,
     graph: bool = False,
 ) -> TrainConfig:
+    moe = {
+        "num_moe_experts": size.experts,
+        "moe_router_topk": ACTIVE,
+        "moe_ffn_hidden_size": size.ffn // 8,
+    }
     return TrainConfig(
         model=ModelConfig(
+            **(moe if experts else {}),
             residual=residual,
             num_layers=num_layers,
             hidden_size=size.hidden,
@@ -237,24 +253,55 @@ def step_lines(
     ranks: Ranks, size: Size, schedule: str, launch: str, *, num_layers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Result lines of a schedule, all variants, one of ``LAUNCHES``, without provenance."""
-    timed_variants = variants(schedule)
-    configs = [
-        step_config(
+    configs = {
+        name: step_config(
             *(size, ranks.num_ranks, schedule, variant),
             num_layers=num_layers,
             graph=LAUNCHES[launch],
         )
-        for variant in timed_variants.values()
-    ]
-    by_rank = ranks.run(time_steps, ranks.num_ranks, configs, seconds=SECONDS)
+        for name, variant in variants(schedule).items()
+    }
+    yield from _variant_lines(ranks, configs, {"schedule": schedule}, launch)
+
+
+def expert_lines(ranks: Ranks, size: Size, *, num_layers: int | None) -> Iterator[dict[str, Any]]:
+    """Result lines of a mixture of experts over all ranks, without a pipeline.
+
+    Under ``dualpipe_v`` a rank has two stages, whose exchanges an overlap can hide.
+    """
+    configs = {
+        name: _config(
+            size,
+            ParallelConfig(
+                data=ranks.num_ranks,
+                expert=ranks.num_ranks,
+                distributed_optimizer=True,
+                schedule="dualpipe_v" if name in PAIRED else "megatron",
+                overlap=variant.overlap,
+            ),
+            MHCConfig(backend=size.backend, recompute=variant.recompute),
+            residual=variant.residual,
+            num_layers=num_layers or 4,
+            num_mb=8,
+            experts=True,
+        )
+        for name, variant in (VARIANTS | PAIRED).items()
+    }
+    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks}, "eager")
+
+
+def _variant_lines(
+    ranks: Ranks, configs: dict[str, TrainConfig], shape: dict[str, Any], launch: str
+) -> Iterator[dict[str, Any]]:
+    """Lines of configurations by name, the first of which is what the others are compared with."""
+    by_rank = ranks.run(time_steps, ranks.num_ranks, list(configs.values()), seconds=SECONDS)
     baseline: dict[str, float] = {}
-    for index, variant in enumerate(timed_variants):
-        config = configs[index]
+    for index, (variant, config) in enumerate(configs.items()):
         timed = [rank[index] for rank in by_rank]
         for metric, value, unit, more in _figures(config, timed):
             line = {
                 "impl": "megatron_core" if variant == "plain" else f"mhc_megatron.{variant}",
-                "shape": {**_shape(config), "schedule": schedule},
+                "shape": {**_shape(config), **shape},
                 "metric": metric,
                 "value": value,
                 "unit": unit,
@@ -263,7 +310,7 @@ def step_lines(
             }
             if variant == "plain":
                 baseline[metric] = value
-            else:
+            elif metric in baseline:
                 line["baseline"] = baseline[metric]
                 line["ratio_to_baseline"] = round(value / baseline[metric], 4)
             yield line
@@ -306,7 +353,11 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "n": config.mhc.num_streams if model.residual == "mhc" else 1,
         "layers": model.num_layers,
         "heads": model.num_attention_heads,
-        "ffn": model.ffn_hidden_size,
+        **(
+            {"ffn": model.ffn_hidden_size}
+            if model.num_moe_experts is None
+            else {"ffn": model.moe_ffn_hidden_size, "experts": model.num_moe_experts}
+        ),
         "micro_batches": config.num_micro_batches,
         "ranks": config.parallel.world_size,
         "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
