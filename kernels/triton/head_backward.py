@@ -7,7 +7,6 @@ programs of tokens, the second of channels.
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.head_forward import load_head, part_of
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
@@ -17,6 +16,42 @@ from mhc_megatron.kernels.triton.tile_math import (
     token_rows,
     zero_sums,
 )
+
+
+@triton.jit
+def part_of(value, low, PARTS: tl.constexpr):
+    """float32 numbers as factors of a product: bfloat16, the low part where ``low``; or as is.
+
+    High and low part together have 16 bits of mantissa, and their products with bfloat16 numbers
+    are exact in float32.
+    """
+    if PARTS == 2:
+        high = value.to(tl.bfloat16).to(tl.float32)
+        value = tl.where(low, value - high, high).to(tl.bfloat16)
+    return value
+
+
+@triton.jit
+def load_head(
+    weight_ptr,
+    stream,
+    c,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """phi's BC columns of one stream, [ROWS, BC]: high part, low part, and so on.
+
+    Each part is n rows and as many zeros as make it 16 / PARTS.
+    """
+    PART: tl.constexpr = 16 // PARTS
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = (c + tl.arange(0, BC))[None, :]
+    pointers = weight_ptr + (rows % PART) * (N * C) + stream * C + columns
+    weight = tl.load(pointers, mask=(rows % PART < N) & (columns < C), other=0.0)
+    return part_of(weight, rows // PART % 2 == 1, PARTS)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 
 from mhc_megatron.kernels.triton import head_backward, head_forward
 from mhc_megatron.kernels.triton.arguments import parts_of, precision_of, vector_of
-from mhc_megatron.kernels.triton.bound import ELEMENTS, interleaves
+from mhc_megatron.kernels.triton.bound import ELEMENTS
 from mhc_megatron.kernels.triton.compiled import Launch
 from mhc_megatron.kernels.triton.tiles import Tile
 
@@ -27,14 +27,11 @@ def plain(kernel: Any, n: int, channels: int, divisor: int, tile: Tile) -> Launc
 
 
 @cache
-def learned_fwd(n: int, channels: int, dtype: torch.dtype, tile: Tile) -> Launch:
+def learned_fwd(n: int, channels: int, tile: Tile) -> Launch:
     return Launch(
         head_forward.learned_fwd,
         C=channels,
         N=n,
-        PARTS=parts_of(dtype),
-        PRECISION=precision_of(dtype),
-        INTERLEAVED=interleaves(n, dtype),
         BT=tile.tokens,
         BC=tile.channels,
         STAGES=tile.num_stages,

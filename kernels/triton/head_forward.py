@@ -8,10 +8,9 @@ import triton.language as tl
 
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
-    dot,
-    interleave,
     load_streams,
     token_rows,
+    zero_sums,
 )
 
 
@@ -71,42 +70,6 @@ def contract_fwd(
 
 
 @triton.jit
-def part_of(value, low, PARTS: tl.constexpr):
-    """float32 numbers as factors of a product: bfloat16, the low part where ``low``; or as is.
-
-    High and low part together have 16 bits of mantissa, and their products with bfloat16 numbers
-    are exact in float32.
-    """
-    if PARTS == 2:
-        high = value.to(tl.bfloat16).to(tl.float32)
-        value = tl.where(low, value - high, high).to(tl.bfloat16)
-    return value
-
-
-@triton.jit
-def load_head(
-    weight_ptr,
-    stream,
-    c,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """phi's BC columns of one stream, [ROWS, BC]: high part, low part, and so on.
-
-    Each part is n rows and as many zeros as make it 16 / PARTS.
-    """
-    PART: tl.constexpr = 16 // PARTS
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = (c + tl.arange(0, BC))[None, :]
-    pointers = weight_ptr + (rows % PART) * (N * C) + stream * C + columns
-    weight = tl.load(pointers, mask=(rows % PART < N) & (columns < C), other=0.0)
-    return part_of(weight, rows // PART % 2 == 1, PARTS)
-
-
-@triton.jit
 def learned_fwd(
     x_ptr,
     weight_ptr,
@@ -119,53 +82,44 @@ def learned_fwd(
     eps,
     C: tl.constexpr,
     N: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``h = sum_i (sigmoid(scale raw[i] + bias[i]) + eps) x[i]`` of BT tokens.
 
-    ``raw``: [n + 1, T], the projection over the RMS, then 1/RMS. INTERLEAVED, a chunk of channels
-    of all streams is one product.
+    ``raw``: [n + 1, T], the projection over the RMS, then 1/RMS. phi has too few rows to be worth
+    tensor cores, whose factors would have to be brought into another order first.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
-    PART: tl.constexpr = 16 // PARTS
     x_rows = x_ptr + first * K + tl.arange(0, BT)[:, None] * K
-    projected = tl.zeros([16, BT], tl.float32)
+    projected = zero_sums(N, BT, BC)
     squares = tl.zeros([BT, BC], tl.float32)
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         x = load_streams(x_rows, c, mask, N, C, BC, "evict_last")
-        factors = ()
-        weights = ()
+        columns = c + tl.arange(0, BC)
         for i in tl.static_range(N):
             squares += x[i] * x[i]
-            # The conversion back is exact: the factor is what was loaded.
-            factor = x[i].to(tl.bfloat16) if PARTS == 2 else x[i]
-            weight = load_head(weight_ptr, i, c, C, N, PARTS, 16, BC)
-            if INTERLEAVED:
-                factors = factors + (factor,)
-                weights = weights + (weight,)
-            else:
-                projected = dot(weight, tl.trans(factor), projected, PRECISION)
-        if INTERLEAVED:
-            joined = tl.trans(interleave(factors, N, BT, BC))
-            projected = dot(interleave(weights, N, 16, BC), joined, projected, PRECISION)
+        sums = ()
+        for row in tl.static_range(N):
+            total = projected[row]
+            for i in tl.static_range(N):
+                pointers = weight_ptr + row * K + i * C + columns
+                weight = tl.load(pointers, mask=columns < C, other=0.0)
+                total += x[i] * weight[None, :]
+            sums = sums + (total,)
+        projected = sums
 
     # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
     inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / K + rms_eps)
     tl.store(raw_ptr + N * T + tokens, inverse_rms, mask=live)
-    rows = tl.arange(0, PART)[:, None]
-    summed = tl.sum(tl.reshape(projected, [PARTS, PART, BT]), axis=0)
     scale = tl.load(scale_ptr)
     read = ()
     for i in tl.static_range(N):
-        raw = tl.sum(tl.where(rows == i, summed, 0.0), axis=0) * inverse_rms
+        raw = tl.sum(projected[i], axis=1) * inverse_rms
         tl.store(raw_ptr + i * T + tokens, raw, mask=live)
         read = read + (tl.sigmoid(scale * raw + tl.load(bias_ptr + i)) + eps,)
 

@@ -55,7 +55,7 @@ def contract_learned(
     hidden = torch.empty(shape, dtype=streams.dtype, device=device)
     raw = torch.empty((n + 1, num_tokens), dtype=torch.float32, device=device)
     if num_tokens:
-        kernel = head_bound.learned_fwd(n, channels, streams.dtype, tile)
+        kernel = head_bound.learned_fwd(n, channels, tile)
         kernel(
             (blocks(num_tokens, tile.tokens),),
             (streams, *parameters, hidden, raw),

@@ -17,7 +17,7 @@ class HeadTiles:
 
     Attributes:
         copies: ``expand_fwd`` and ``contract_fwd``.
-        learned: ``learned_fwd``; tokens at least 16.
+        learned: ``learned_fwd``.
         weights_backward: ``learned_weights_bwd``.
         streams_backward: ``learned_streams_bwd``; tokens at least 16.
         split: tokens per program of ``learned_streams_bwd``, a multiple of its tile's; each split
@@ -43,20 +43,20 @@ def default_head_tiles(num_streams: int, dtype: torch.dtype) -> HeadTiles:
         # float32 factors need more registers and shared memory.
         return HeadTiles(
             copies=Tile(tokens=16, channels=64),
-            learned=Tile(tokens=16, channels=32),
+            learned=Tile(tokens=16, channels=64, num_warps=8, num_stages=2),
             weights_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=32, num_stages=2),
         )
     if num_streams > 4:
         return HeadTiles(
             copies=Tile(tokens=16, channels=128),
-            learned=Tile(tokens=16, channels=64),
+            learned=Tile(tokens=16, channels=64, num_warps=8, num_stages=2),
             weights_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=64, num_stages=2),
         )
     return HeadTiles(
         copies=Tile(tokens=16, channels=128),
-        learned=Tile(tokens=16, channels=64, num_stages=4),
+        learned=Tile(tokens=16, channels=128, num_warps=8, num_stages=2),
         weights_backward=Tile(tokens=16, channels=128),
         streams_backward=Tile(tokens=32, channels=64, num_warps=8),
     )
