@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels.triton import backward_launch, launch
 from mhc_megatron.kernels.triton.arguments import Parameters
+from mhc_megatron.kernels.triton.plan import Plan, plan_of
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 
 COPIES = 3
@@ -61,73 +63,60 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
     """One launch of ``kernel`` per copy of the operands, as ``post_pre``, ``pre`` or ``post``
     makes it."""
     made = []
-    mix = {"options": options(), "single_pass": False}
     for one in data:
         parameters = Parameters(one.weight, *one.alphas.split(1), one.bias)
-        factors = launch.factor_weight(one.weight, one.streams)
         post = (one.streams, one.branch, None, one.packed)
-        default = default_tiles(*one.streams.shape[1:], one.streams.dtype)
         if kernel == "post":
-            made.append(lambda post=post: launch.post(*post, tile=tiles.post))
+            plan = plan_of(*post[:3], tiles=tiles)
+            made.append(partial(launch.post, plan, *post))
             continue
         if kernel == "rebuild":
             made.append(rebuild_call(one, tiles.rebuild))
             continue
         if kernel == "post_backward":
-            made.append(backward_call(one, post, None, tiles, tiles.post_backward))
+            plan = plan_of(*post[:3], tiles=tiles)
+            made.append(
+                partial(backward_launch.streams_backward, plan, None, one.grad_streams, *post, None)
+            )
             continue
+        # Of what is not measured, in the default tiles.
+        default = plan_of(*post[:3], options=options())
+        plan = plan_of(*post[:3], options=options(), tiles=tiles)
+        factors = launch.factor_weight(default, None, one.weight)
+        mixed = (None, *post, factors, parameters, None)
         if kernel == "mix":
-            arguments = (*post, factors, parameters)
-            made.append(lambda a=arguments: launch.mix(*a, **mix, tile=tiles.mix))
+            made.append(partial(launch.mix, plan, *mixed))
             continue
-        streams, _, raw, packed, _ = launch.mix(*post, factors, parameters, **mix, tile=default.mix)
-        first = (streams, one.grad_u, one.grad_packed, raw, parameters)
+        streams, _, raw, packed, _ = launch.mix(default, *mixed)
+        first = (streams, one.grad_u, one.grad_packed, raw, packed, factors, parameters, None, None)
         if kernel == "mix_backward":
-            made.append(
-                lambda a=first: backward_launch.mix_backward(*a, **mix, tile=tiles.mix_backward)
-            )
+            made.append(partial(backward_launch.mix_backward, plan, None, *first))
             continue
-        projected, radial, partial, _ = backward_launch.mix_backward(
-            *first, **mix, tile=default.mix_backward
-        )
         if kernel == "weight_backward":
-            arguments = (streams, projected, parameters.weight)
-            shape = backward_launch.Shape.of(streams)
-            made.append(
-                lambda a=arguments, partial=partial, shape=shape: (
-                    backward_launch.parameter_backward(
-                        backward_launch.weight_backward(*a, tiles=tiles), partial, shape
-                    )
-                )
-            )
+            # By the same plan: its last kernel knows how many sums the first wrote.
+            read, sums = backward_launch.mix_backward(plan, None, *first)
+            of_phi = (streams, read.projected, one.weight, None)
+            made.append(partial(weight_call, plan, of_phi, sums))
             continue
-        read = backward_launch.ReadGradients(one.grad_u, packed, projected, radial, factors)
+        read, _ = backward_launch.mix_backward(default, None, *first)
         if kernel == "pre_backward":
-            arguments = (one.grad_streams, streams, read, parameters.weight)
-            made.append(
-                lambda a=arguments: backward_launch.pre_backward(*a, trains=True, tiles=tiles)
-            )
+            plan = plan_of(streams, options=options(), tiles=tiles)
+            operands = (None, one.grad_streams, streams, read, one.weight, None)
+            made.append(partial(backward_launch.pre_backward, plan, *operands, trains=True))
         else:
-            made.append(backward_call(one, post, read, tiles, tiles.streams_backward))
+            operands = (None, one.grad_streams, *post, read)
+            made.append(partial(backward_launch.streams_backward, plan, *operands))
     return made
 
 
-def backward_call(
-    data: Operands,
-    operands: tuple[Tensor, Tensor, None, Tensor],
-    read: backward_launch.ReadGradients | None,
-    tiles: Tiles,
-    tile: Tile,
-) -> Callable[[], object]:
-    """``streams_bwd`` of the operands that wrote and the gradients of what reads."""
-    return lambda: backward_launch.streams_backward(
-        data.grad_streams,
-        *operands,
-        read,
-        single_pass=False,
-        tile=tile,
-        terms=tiles.product_terms,
-    )
+def weight_call(
+    plan: Plan,
+    of_phi: tuple[Tensor, Tensor, Tensor, None],
+    sums: backward_launch.PartialSums,
+) -> None:
+    """``weight_bwd`` and the sum of what it leaves."""
+    weight_sums = backward_launch.weight_backward(plan, None, *of_phi)
+    backward_launch.parameter_backward(plan, None, weight_sums, sums, None)
 
 
 def rebuild_call(data: Operands, tile: Tile) -> Callable[[], object]:

@@ -117,6 +117,11 @@ def is_traced(streams: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(streams, FakeTensor)
 
 
+def may_be_known(streams: Tensor) -> bool:
+    """Whether sizes and dtypes are all that is checked: no trace, no search for a NaN."""
+    return not (_finite or torch.compiler.is_compiling() or isinstance(streams, FakeTensor))
+
+
 def check_branch(streams: Tensor, branch: Tensor, branch_bias: Tensor | None) -> None:
     shape = (*streams.shape[:-2], streams.shape[-1])
     _expect("branch", branch, shape, streams.device)

@@ -15,13 +15,20 @@ from torch import Tensor
 from mhc_megatron.kernels import checks, compositions
 from mhc_megatron.kernels.backends import Backend, choose_backend
 from mhc_megatron.kernels.compositions import Gates
+from mhc_megatron.kernels.known import Known, signature_of
 from mhc_megatron.kernels.main_grad import add_gradient_to
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.packed import PackedMappings, pack
 from mhc_megatron.kernels.reference import Mappings
 
 if TYPE_CHECKING:
+    from mhc_megatron.kernels.triton.plan import Plan
     from mhc_megatron.kernels.triton.tiles import Tiles
+
+# Of calls that the kernels take: such a call is checked once.
+_pre_plans: "Known[Plan]" = Known()
+_post_plans: "Known[Plan]" = Known()
+_boundary_plans: "Known[Plan]" = Known()
 
 
 def pre(
@@ -60,39 +67,69 @@ def pre(
     Raises:
         ValueError: an argument does not fit, or ``backend="triton"`` cannot run.
     """
-    checks.check_streams(streams)
-    checks.check_parameters(streams, weight, alphas, bias, options)
-    checks.check_main_grad(streams, weight, main_grad)
-    eps = checks.check_norm(streams, norm_weight, norm_eps)
-    if choose_backend(streams, options=options, backend=backend).name == "reference":
-        weight = add_gradient_to(weight, main_grad)
-        return compositions.pre(
-            streams, weight, alphas, bias, options=options, norm_weight=norm_weight, norm_eps=eps
+    given = (streams, weight, *alphas, bias, norm_weight, main_grad)
+    signature = signature_of(given, options, norm_eps, backend, tiles, weight.requires_grad)
+    plan = _pre_plans.get(signature)
+    if plan is None:
+        checks.check_streams(streams)
+        checks.check_parameters(streams, weight, alphas, bias, options)
+        checks.check_main_grad(streams, weight, main_grad)
+        eps = checks.check_norm(streams, norm_weight, norm_eps)
+        if choose_backend(streams, options=options, backend=backend).name == "reference":
+            weight = add_gradient_to(weight, main_grad)
+            return compositions.pre(
+                streams,
+                weight,
+                alphas,
+                bias,
+                options=options,
+                norm_weight=norm_weight,
+                norm_eps=eps,
+            )
+        _check_operands_of_kernels(weight, alphas, bias, norm_weight)
+        if traced(streams, tiles):
+            return _traced_pre(streams, weight, alphas, bias, options, norm_weight, eps)
+        plan = _module("triton.plan").plan_of(
+            streams,
+            norm_weight=norm_weight,
+            options=options,
+            tiles=tiles,
+            accumulates=_accumulates(weight, main_grad),
+            norm_eps=eps,
         )
-    _check_operands_of_kernels(weight, alphas, bias, norm_weight)
-    if traced(streams, tiles):
-        from mhc_megatron.kernels import operators
-
-        constants = operators.constants_of(options)
-        u, packed, _, _, inverse_rms = operators.pre(
-            streams, weight, *alphas, bias, norm_weight, *constants, eps
-        )
-        inverse_rms = None if norm_weight is None else inverse_rms
-        n, tokens = streams.shape[-2], streams.shape[:-2]
-        return u, PackedMappings(packed, n, tokens, inverse_rms=inverse_rms)
+        _pre_plans.remember(signature, plan)
     u, packed, through, inverse_rms = _module("functions").Pre.apply(
         streams,
         weight,
         *alphas,
         bias,
-        options,
-        tiles or _tiles(streams),
-        main_grad,
         norm_weight,
-        eps,
+        main_grad if plan.accumulates else None,
+        plan,
     )
+    return u, PackedMappings(
+        packed, plan.num_streams, streams.shape[:-2], streams, through, inverse_rms
+    )
+
+
+def _traced_pre(
+    streams: Tensor,
+    weight: Tensor,
+    alphas: Gates,
+    bias: Tensor,
+    options: MappingOptions,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, PackedMappings]:
+    from mhc_megatron.kernels import operators
+
+    constants = operators.constants_of(options)
+    u, packed, _, _, inverse_rms = operators.pre(
+        streams, weight, *alphas, bias, norm_weight, *constants, norm_eps
+    )
+    inverse_rms = None if norm_weight is None else inverse_rms
     n, tokens = streams.shape[-2], streams.shape[:-2]
-    return u, PackedMappings(packed, n, tokens, streams, through, inverse_rms)
+    return u, PackedMappings(packed, n, tokens, inverse_rms=inverse_rms)
 
 
 def post(
@@ -119,22 +156,29 @@ def post(
     Raises:
         ValueError: as ``pre``.
     """
-    checks.check_streams(streams)
-    checks.check_branch(streams, branch, branch_bias)
-    checks.check_mix(streams, mix)
-    if choose_backend(streams, backend=backend).name == "reference":
-        return compositions.post(streams, branch, mix, branch_bias=branch_bias)
-    packed = pack(mix)
-    checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
-    if traced(streams, tiles):
-        from mhc_megatron.kernels import operators
+    signature = plan = None
+    if isinstance(mix, PackedMappings):
+        packed, sizes = mix.packed, (mix.num_streams, mix.tokens)
+        given = (streams, branch, branch_bias, packed)
+        signature = signature_of(given, None, *sizes, backend, tiles)
+        plan = _post_plans.get(signature)
+    if plan is None:
+        checks.check_streams(streams)
+        checks.check_branch(streams, branch, branch_bias)
+        checks.check_mix(streams, mix)
+        if choose_backend(streams, backend=backend).name == "reference":
+            return compositions.post(streams, branch, mix, branch_bias=branch_bias)
+        packed = pack(mix)
+        checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
+        if traced(streams, tiles):
+            from mhc_megatron.kernels import operators
 
-        return operators.post(streams, branch, branch_bias, packed)
+            return operators.post(streams, branch, branch_bias, packed)
+        plan = _module("triton.plan").plan_of(streams, branch, branch_bias, tiles=tiles)
+        _post_plans.remember(signature, plan)
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
-    return _module("functions").Post.apply(
-        streams, branch, branch_bias, packed, tiles or _tiles(streams)
-    )
+    return _module("functions").Post.apply(streams, branch, branch_bias, packed, plan)
 
 
 def post_pre(
@@ -241,50 +285,73 @@ def _boundary(
     tiles: "Tiles | None",
 ) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
     """``post_pre``, or ``single_pass`` with ``read_with_previous``."""
-    checks.check_streams(streams)
-    checks.check_branch(streams, branch, branch_bias)
-    checks.check_mix(streams, mix)
-    checks.check_parameters(streams, weight, alphas, bias, options)
-    checks.check_main_grad(streams, weight, main_grad)
-    eps = checks.check_norm(streams, norm_weight, norm_eps)
-    if choose_backend(streams, options=options, backend=backend).name == "reference":
-        operands = (streams, branch, mix, add_gradient_to(weight, main_grad), alphas, bias)
-        if read_with_previous:
-            return compositions.single_pass(*operands, options=options, branch_bias=branch_bias)
-        return compositions.post_pre(
-            *operands,
-            options=options,
-            branch_bias=branch_bias,
-            norm_weight=norm_weight,
-            norm_eps=eps,
-        )
-    packed = pack(mix)
-    _check_operands_of_kernels(
-        weight, alphas, bias, norm_weight, branch=branch, branch_bias=branch_bias, mix=packed
-    )
-    if traced(streams, tiles):
-        from mhc_megatron.kernels import operators
-
-        constants = operators.constants_of(options)
-        new_streams, u, new_packed, _, _, inverse_rms = operators.post_pre(
+    signature = plan = None
+    if isinstance(mix, PackedMappings):
+        packed = mix.packed
+        given = (
             streams,
             branch,
-            branch_bias,
             packed,
             weight,
             *alphas,
             bias,
+            branch_bias,
             norm_weight,
-            *constants,
-            eps,
-            read_with_previous,
+            main_grad,
         )
-        inverse_rms = None if norm_weight is None else inverse_rms
-        n, tokens = streams.shape[-2], streams.shape[:-2]
-        return new_streams, u, PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms)
+        signature = signature_of(
+            given,
+            options,
+            mix.num_streams,
+            mix.tokens,
+            norm_eps,
+            read_with_previous,
+            backend,
+            tiles,
+            weight.requires_grad,
+        )
+        plan = _boundary_plans.get(signature)
+    if plan is None:
+        checks.check_streams(streams)
+        checks.check_branch(streams, branch, branch_bias)
+        checks.check_mix(streams, mix)
+        checks.check_parameters(streams, weight, alphas, bias, options)
+        checks.check_main_grad(streams, weight, main_grad)
+        eps = checks.check_norm(streams, norm_weight, norm_eps)
+        if choose_backend(streams, options=options, backend=backend).name == "reference":
+            operands = (streams, branch, mix, add_gradient_to(weight, main_grad), alphas, bias)
+            if read_with_previous:
+                return compositions.single_pass(*operands, options=options, branch_bias=branch_bias)
+            return compositions.post_pre(
+                *operands,
+                options=options,
+                branch_bias=branch_bias,
+                norm_weight=norm_weight,
+                norm_eps=eps,
+            )
+        packed = pack(mix)
+        _check_operands_of_kernels(
+            weight, alphas, bias, norm_weight, branch=branch, branch_bias=branch_bias, mix=packed
+        )
+        if traced(streams, tiles):
+            post_operands = (streams, branch, branch_bias, packed)
+            pre_operands = (weight, *alphas, bias, norm_weight)
+            return _traced_boundary(post_operands, pre_operands, options, eps, read_with_previous)
+        plan = _module("triton.plan").plan_of(
+            streams,
+            branch,
+            branch_bias,
+            norm_weight,
+            options=options,
+            tiles=tiles,
+            single_pass=read_with_previous,
+            accumulates=_accumulates(weight, main_grad),
+            norm_eps=eps,
+        )
+        _boundary_plans.remember(signature, plan)
+    tokens = streams.shape[:-2]
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
-
     new_streams, u, new_packed, inverse_rms = _module("functions").PostPre.apply(
         streams,
         branch,
@@ -293,15 +360,36 @@ def _boundary(
         weight,
         *alphas,
         bias,
-        options,
-        read_with_previous,
-        tiles or _tiles(streams),
-        main_grad,
         norm_weight,
-        eps,
+        main_grad if plan.accumulates else None,
+        plan,
     )
-    n, tokens = streams.shape[-2], streams.shape[:-2]
-    return new_streams, u, PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms)
+    mappings = PackedMappings(new_packed, plan.num_streams, tokens, None, None, inverse_rms)
+    return new_streams, u, mappings
+
+
+def _traced_boundary(
+    post_operands: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    pre_operands: tuple[Tensor | None, ...],
+    options: MappingOptions,
+    norm_eps: float,
+    read_with_previous: bool,
+) -> tuple[Tensor, Tensor, PackedMappings]:
+    from mhc_megatron.kernels import operators
+
+    constants = operators.constants_of(options)
+    new_streams, u, new_packed, _, _, inverse_rms = operators.post_pre(
+        *post_operands, *pre_operands, *constants, norm_eps, read_with_previous
+    )
+    has_norm = pre_operands[-1] is not None
+    n, tokens = new_streams.shape[-2], new_streams.shape[:-2]
+    mix = PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms if has_norm else None)
+    return new_streams, u, mix
+
+
+def _accumulates(weight: Tensor, main_grad: Tensor | None) -> bool:
+    """Whether phi's gradient is wanted, and added to a buffer."""
+    return main_grad is not None and weight.requires_grad
 
 
 def traced(streams: Tensor, tiles: object | None) -> bool:
@@ -331,8 +419,3 @@ def _check_operands_of_kernels(
 @cache
 def _module(name: str) -> ModuleType:
     return import_module(f"mhc_megatron.kernels.{name}")
-
-
-def _tiles(streams: Tensor) -> "Tiles":
-    tiles: Tiles = _module("triton.tiles").default_tiles(*streams.shape[-2:], streams.dtype)
-    return tiles

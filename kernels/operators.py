@@ -13,7 +13,7 @@ from torch import Tensor
 from mhc_megatron.kernels.functions import Post, PostPre, Pre
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton.arguments import parts_of
-from mhc_megatron.kernels.triton.tiles import default_tiles
+from mhc_megatron.kernels.triton.plan import Plan, plan_of
 
 # Of MappingOptions: an operator takes only numbers, strings and tensors.
 Constants = tuple[str, int, float, float]
@@ -22,15 +22,11 @@ Constants = tuple[str, int, float, float]
 class _Context:
     """What functions.py asks of autograd's context."""
 
-    def __init__(
-        self, streams: Tensor, options: MappingOptions | None = None, **known: Any
-    ) -> None:
-        self.tiles = default_tiles(*streams.shape[-2:], streams.dtype)
-        self.options = options
+    def __init__(self, plan: Plan, *saved_tensors: Tensor | None) -> None:
+        self.plan = plan
         self.trains = True
         self.main_grad: Tensor | None = None
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
-        self.__dict__.update(known)
+        self.saved_tensors = saved_tensors
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -76,8 +72,8 @@ def _sizes(streams: Tensor, weight: Tensor) -> tuple[int, int, int]:
 @torch.library.custom_op("mhc_megatron::post", mutates_args=())
 def post(streams: Tensor, branch: Tensor, branch_bias: Tensor | None, packed: Tensor) -> Tensor:
     """The next streams."""
-    context = _Context(streams)
-    return Post.forward(context, streams, branch, branch_bias, packed, context.tiles)
+    plan = plan_of(streams, branch, branch_bias)
+    return Post.forward(_Context(plan), streams, branch, branch_bias, packed, plan)
 
 
 @post.register_fake
@@ -90,7 +86,8 @@ def post_backward(
     grad: Tensor, streams: Tensor, branch: Tensor, branch_bias: Tensor | None, packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of streams, branch, branch_bias (empty without) and packed."""
-    context = _Context(streams, saved_tensors=(streams, branch, branch_bias, packed))
+    plan = plan_of(streams, branch, branch_bias)
+    context = _Context(plan, streams, branch, branch_bias, packed)
     grad_x, grad_branch, grad_bias, grad_packed, _ = Post.backward(context, grad)
     grads = _found((grad_x, grad_branch, _given(grad_bias, branch), grad_packed))
     return grads[0], grads[1], grads[2], grads[3]
@@ -134,11 +131,10 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u and packed; raw logits, phi's factors and u's 1/RMS (empty without) for the backward."""
     options = _options(projection, iterations, eps, rms_eps)
-    context = _Context(streams)
+    plan = plan_of(streams, norm_weight=norm_weight, options=options, norm_eps=norm_eps)
+    context = _Context(plan)
     parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
-    u, packed, _, inverse_rms = Pre.forward(
-        context, streams, *parameters, options, context.tiles, None, norm_weight, norm_eps
-    )
+    u, packed, _, inverse_rms = Pre.forward(context, streams, *parameters, norm_weight, None, plan)
     raw, factors = _found((context.saved_tensors[1], context.saved_tensors[3]))
     return u, packed, raw, _own(factors, weight), _given(inverse_rms, weight)
 
@@ -203,9 +199,9 @@ def pre_backward(
     norm = (norm_weight, inverse_rms)
     saved = (streams, raw, packed, _factors(factors, weight), *norm, *parameters)
     options = _options(projection, iterations, eps, rms_eps)
-    context = _Context(streams, options, saved_tensors=saved)
-    found = Pre.backward(context, grad_u, grad_packed, None, None)
-    grad_norm = _given(found[-2], weight)
+    plan = plan_of(streams, norm_weight=norm_weight, options=options, norm_eps=norm_eps)
+    found = Pre.backward(_Context(plan, *saved), grad_u, grad_packed, None, None)
+    grad_norm = _given(found[6], weight)
     grad_x, grad_weight, *alphas, grad_bias = _found(found[:6])
     return grad_x, grad_weight, torch.cat(alphas), grad_bias, grad_norm
 
@@ -287,8 +283,16 @@ def post_pre(
     single_pass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The next streams, u and packed; raw logits, phi's factors and u's 1/RMS as for ``pre``."""
-    options = _options(projection, iterations, eps, rms_eps)
-    context = _Context(streams)
+    plan = plan_of(
+        streams,
+        branch,
+        branch_bias,
+        norm_weight,
+        options=_options(projection, iterations, eps, rms_eps),
+        single_pass=single_pass,
+        norm_eps=norm_eps,
+    )
+    context = _Context(plan)
     new_streams, u, new_packed, inverse_rms = PostPre.forward(
         context,
         streams,
@@ -300,12 +304,9 @@ def post_pre(
         alpha_post,
         alpha_res,
         bias,
-        options,
-        single_pass,
-        context.tiles,
-        None,
         norm_weight,
-        norm_eps,
+        None,
+        plan,
     )
     raw, factors = _found((context.saved_tensors[5], context.saved_tensors[7]))
     norm = _given(inverse_rms, weight)
@@ -367,21 +368,19 @@ def post_pre_backward(
     """
     saved = (streams, branch, branch_bias, packed, new_streams, raw, new_packed)
     parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
-    options = _options(projection, iterations, eps, rms_eps)
-    context = _Context(
+    plan = plan_of(
         streams,
-        options,
-        saved_tensors=(
-            *saved,
-            _factors(factors, weight),
-            norm_weight,
-            inverse_rms,
-            *parameters,
-        ),
+        branch,
+        branch_bias,
+        norm_weight,
+        options=_options(projection, iterations, eps, rms_eps),
         single_pass=single_pass,
+        norm_eps=norm_eps,
     )
+    given = (_factors(factors, weight), norm_weight, inverse_rms)
+    context = _Context(plan, *saved, *given, *parameters)
     found = PostPre.backward(context, grad_streams, grad_u, grad_new_packed, None)
-    bias_given, norm_given = _given(found[2], branch), _given(found[-2], weight)
+    bias_given, norm_given = _given(found[2], branch), _given(found[9], weight)
     grad_x, grad_branch, grad_packed, *rest = _found((*found[:2], *found[3:9]))
     grad_weight, *alphas, grad_bias = rest
     parameter_grads = (grad_weight, torch.cat(alphas), grad_bias, norm_given)

@@ -26,13 +26,6 @@ class Parameters(NamedTuple):
     bias: Tensor
 
 
-class Norm(NamedTuple):
-    """The RMSNorm of a branch's input: weight [C] of any kernel dtype."""
-
-    weight: Tensor
-    eps: float
-
-
 class Shape(NamedTuple):
     """Sizes that all kernels share."""
 
@@ -45,16 +38,6 @@ class Shape(NamedTuple):
         shape = streams.shape
         n, channels = shape[-2], shape[-1]
         return cls(streams.numel() // (n * channels), n, channels)
-
-
-class ParameterGradients(NamedTuple):
-    """Of ``Parameters``, in the same shapes, also of an alpha that there is not; float32."""
-
-    weight: Tensor
-    alpha_pre: Tensor
-    alpha_post: Tensor
-    alpha_res: Tensor
-    bias: Tensor
 
 
 def parts_of(dtype: torch.dtype) -> int:
@@ -96,7 +79,7 @@ def permutation_matrices(num_streams: int, device: torch.device) -> Tensor:
     return torch.nn.functional.one_hot(orders, num_streams).float().contiguous().to(device)
 
 
-def matrices_of(options: MappingOptions, streams: Tensor) -> Tensor | None:
+def matrices_of(options: MappingOptions, num_streams: int, device: torch.device) -> Tensor | None:
     if options.projection != "permutation":
         return None
-    return permutation_matrices(streams.shape[-2], streams.device)
+    return permutation_matrices(num_streams, device)

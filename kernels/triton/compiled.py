@@ -16,6 +16,8 @@ from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 Kind = tuple[Any, ...]
+# A compiled kernel, and its ``run``, ``function`` and ``packed_metadata``, by which it is launched.
+Handle = tuple[Any, Any, Any, Any]
 
 # Where Triton keeps the hooks of profilers; they moved in Triton 3.4.
 HOOKS: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
@@ -41,18 +43,19 @@ class Launch:
         self.num_warps = num_warps
         self.constants = constants
         self._interpreted = isinstance(kernel, InterpretedFunction)
-        self._values = tuple(constants.values())
-        self._handles: dict[Kind, tuple[Any, Any, Any, Any]] = {}
+        self.values = tuple(constants.values())
+        self._handles: dict[Kind, Handle] = {}
 
     def __call__(
         self,
         grid: tuple[int, ...],
         tensors: Sequence[Tensor | None],
         numbers: Sequence[float] = (),
-    ) -> None:
+    ) -> Handle | None:
+        """What was compiled for this kind, if anything was."""
         if self._interpreted:
             self._launch_by_triton(grid, tensors, numbers)
-            return
+            return None
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         # What torch.cuda.current_device asks, where CUDA is known to be initialised.
         device = torch._C._cuda_getDevice()
@@ -60,24 +63,83 @@ class Launch:
         known = self._handles.get(kind)
         if known is None:
             handle = self._launch_by_triton(grid, tensors, numbers)
-            if handle is not None:
-                # As CompiledKernel's own launch takes them, at every launch.
-                self._handles[kind] = handle, handle.run, handle.function, handle.packed_metadata
-            return
+            if handle is None:
+                return None
+            # As CompiledKernel's own launch takes them, at every launch.
+            known = handle, handle.run, handle.function, handle.packed_metadata
+            self._handles[kind] = known
+            return known
         handle, run, function, metadata = known
         x, y, z = (*grid, 1, 1)[:3]
-        arguments = (*pointers, *numbers, *self._values)
+        arguments = (*pointers, *numbers, *self.values)
         if is_observed():
             handle[x, y, z](*arguments)
-            return
-        stream = driver.active.get_current_stream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+        else:
+            stream = driver.active.get_current_stream(device)
+            run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+        return known
 
     def _launch_by_triton(
         self, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[float]
     ) -> Any:
         """The compiled kernel; None where there is none, as of a hook that compiles nothing."""
         return self.kernel[grid](*tensors, *numbers, num_warps=self.num_warps, **self.constants)
+
+
+class Prepared:
+    """A launch that is always the same but for the addresses of its tensors.
+
+    Whose dtypes, and which are None, are the same at every call; kinds then differ in alignment
+    alone, and the one of multiples of 16 bytes is remembered.
+
+    Args:
+        launch: the kernel.
+        grid, numbers: as for it.
+    """
+
+    __slots__ = ("_grid", "_known", "_launch", "_numbers", "_tail")
+
+    def __init__(
+        self, launch: Launch, grid: tuple[int, ...], numbers: tuple[float, ...] = ()
+    ) -> None:
+        self._launch = launch
+        self._grid = (*grid, 1, 1)[:3]
+        self._numbers = numbers
+        self._tail = (*numbers, *launch.values)
+        self._known: tuple[Any, ...] | None = None
+
+    def __call__(self, stream: int | None, *tensors: Tensor | None) -> None:
+        """On ``stream``, of ``current_stream``."""
+        known = self._known
+        if known is None or stream is None:
+            self._look_up(tensors)
+            return
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        low_bits = 0
+        for pointer in pointers:
+            if pointer is not None:
+                low_bits |= pointer
+        if low_bits & 15:
+            self._launch(self._grid, tensors, self._numbers)
+            return
+        run, x, y, z, function, metadata = known
+        run(x, y, z, stream, function, metadata, None, None, None, *pointers, *self._tail)
+
+    def _look_up(self, tensors: tuple[Tensor | None, ...]) -> None:
+        handle = self._launch(self._grid, tensors, self._numbers)
+        if handle is not None and all(
+            tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors
+        ):
+            _, run, function, metadata = handle
+            self._known = (run, *self._grid, function, metadata)
+
+
+def current_stream(device: torch.device) -> int | None:
+    """CUDA's current stream of ``device``; None where a profiler wants to be told of launches."""
+    if is_observed():
+        return None
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
 
 
 def is_observed() -> bool:

@@ -1,4 +1,4 @@
-"""Launches: output buffers, grid and arguments of each kernel; no autograd, no checks.
+"""Launches: output buffers and arguments of each kernel of a plan; no autograd, no checks.
 
 Of the forward and of a rebuild; backward_launch.py has the backward's.
 
@@ -11,16 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import bound
-from mhc_megatron.kernels.triton.arguments import (
-    Norm,
-    Parameters,
-    Shape,
-    blocks,
-    matrices_of,
-    parts_of,
-)
+from mhc_megatron.kernels.triton.arguments import Parameters, Shape, blocks
+from mhc_megatron.kernels.triton.plan import Plan
 from mhc_megatron.kernels.triton.recompute import rebuild_fwd
 from mhc_megatron.kernels.triton.tiles import Tile
 
@@ -29,92 +21,76 @@ from mhc_megatron.kernels.triton.tiles import Tile
 REBUILT_TOGETHER = 8
 
 
-def factor_weight(weight: Tensor, streams: Tensor) -> Tensor:
-    """phi as the products with ``streams`` take it, forward and backward: [PARTS, M, K]."""
-    if parts_of(streams.dtype) == 1:
+def factor_weight(plan: Plan, stream: int | None, weight: Tensor) -> Tensor:
+    """phi as the products with the streams take it, forward and backward: [PARTS, M, K]."""
+    if plan.parts == 1:
         return weight
-    num_logits, width = weight.shape
-    channels = streams.shape[-1]
-    split = torch.empty((2, num_logits, width), dtype=torch.bfloat16, device=weight.device)
-    kernel = bound.split_weight(width // channels, channels, num_logits, streams.dtype)
-    kernel((blocks(num_logits * width, bound.ELEMENTS),), (weight, split))
+    rows, width = weight.shape
+    split = torch.empty(2, rows, width, dtype=plan.factor_dtype, device=plan.device)
+    plan.split_weight(stream, weight, split)
     return split
 
 
 def post(
-    streams: Tensor, branch: Tensor, branch_bias: Tensor | None, packed: Tensor, *, tile: Tile
+    plan: Plan, streams: Tensor, branch: Tensor, bias: Tensor | None, packed: Tensor
 ) -> Tensor:
     """The next streams."""
-    num_tokens, n, channels = Shape.of(streams)
     new_streams = torch.empty_like(streams)
-    if num_tokens:
-        kernel = bound.post_fwd(n, channels, tile, branch_bias is not None)
-        grid = (blocks(num_tokens, tile.tokens), blocks(channels, tile.channels))
-        kernel(grid, (streams, branch, branch_bias, packed, new_streams), (num_tokens,))
+    if plan.num_tokens:
+        plan.post_fwd(plan.stream(), streams, branch, bias, packed, new_streams)
     return new_streams
 
 
 def mix(
+    plan: Plan,
+    stream: int | None,
     streams: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
     packed: Tensor | None,
     factors: Tensor,
     parameters: Parameters,
-    *,
-    options: MappingOptions,
-    single_pass: bool,
-    norm: Norm | None = None,
-    tile: Tile,
+    norm_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """``post_pre``, or ``pre`` without branch: streams, u, raw [M + 1, T], packed.
 
-    ``factors``: of ``factor_weight``. ``norm``: u is normalised, and its 1/RMS [T] the last result.
+    ``factors``: of ``factor_weight``. ``norm_weight``: u is normalised, and its 1/RMS [T] the last
+    result.
     """
-    num_tokens, n, channels = Shape.of(streams)
-    dtype, device = streams.dtype, streams.device
-    num_logits = parameters.bias.shape[0]
-    new_streams = streams if branch is None else torch.empty_like(streams)
-    u = torch.empty((*streams.shape[:-2], channels), dtype=dtype, device=device)
-    raw = torch.empty((num_logits + 1, num_tokens), dtype=torch.float32, device=device)
-    new_packed = torch.empty((n * (n + 2), num_tokens), dtype=torch.float32, device=device)
+    num_tokens, dtype, device = plan.num_tokens, plan.dtype, plan.device
+    if branch is None or packed is None:
+        new_streams = streams
+        shape = (*streams.shape[:-2], plan.channels)
+        u = torch.empty(shape, dtype=dtype, device=device)
+        new_packed = torch.empty(plan.rows, num_tokens, dtype=torch.float32, device=device)
+    else:
+        # Of the same sizes, and the cheapest operation that allocates.
+        new_streams, new_packed = torch.empty_like(streams), torch.empty_like(packed)
+        u = torch.empty_like(branch, dtype=dtype)
+    raw = torch.empty(plan.num_logits + 1, num_tokens, dtype=torch.float32, device=device)
     inverse_rms = None
-    if norm is not None:
-        inverse_rms = torch.empty((num_tokens,), dtype=torch.float32, device=device)
+    if norm_weight is not None:
+        inverse_rms = torch.empty(num_tokens, dtype=torch.float32, device=device)
     if num_tokens:
-        kernel = bound.mix_fwd(
-            n,
-            channels,
-            num_logits,
-            dtype,
-            options,
-            tile,
-            branch is not None,
-            branch_bias is not None,
-            single_pass,
-            norm is not None,
-        )
-        kernel(
-            (blocks(num_tokens, tile.tokens),),
-            (
-                streams,
-                branch,
-                branch_bias,
-                packed,
-                factors,
-                parameters.alpha_pre,
-                parameters.alpha_post,
-                parameters.alpha_res,
-                parameters.bias,
-                matrices_of(options, streams),
-                new_streams,
-                u,
-                raw,
-                new_packed,
-                None if norm is None else norm.weight,
-                inverse_rms,
-            ),
-            (num_tokens, options.rms_eps, options.eps, 0.0 if norm is None else norm.eps),
+        _, alpha_pre, alpha_post, alpha_res, bias = parameters
+        plan.mix_fwd(
+            stream,
+            streams,
+            branch,
+            branch_bias,
+            packed,
+            factors,
+            alpha_pre,
+            alpha_post,
+            alpha_res,
+            bias,
+            plan.matrices,
+            new_streams,
+            u,
+            raw,
+            new_packed,
+            norm_weight,
+            inverse_rms,
         )
     return new_streams, u, raw, new_packed, inverse_rms
 

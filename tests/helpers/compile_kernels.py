@@ -21,10 +21,11 @@ from triton.compiler import ASTSource
 
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import backward_launch, fp8_launch, head_launch, launch
-from mhc_megatron.kernels.triton.arguments import Norm, Parameters
+from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.compiled import Launch
 from mhc_megatron.kernels.triton.head_launch import HeadParameters
 from mhc_megatron.kernels.triton.head_tiles import default_head_tiles
+from mhc_megatron.kernels.triton.plan import plan_of
 from mhc_megatron.kernels.triton.tiles import default_tiles
 
 SHARED_MEMORY = 227 * 1024
@@ -153,7 +154,8 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     parameters = Parameters(
         meta(num_logits, n * channels), meta(1), meta(1), alpha_res, meta(num_logits)
     )
-    launch.post(streams, branch, None, packed, tile=tiles.post)
+    post_plan = plan_of(streams, branch)
+    launch.post(post_plan, streams, branch, None, packed)
     states, branches = [streams] * REBUILT, [branch] * REBUILT
     biases = [None, meta(channels, dtype=dtype), *[None] * (REBUILT - 2)]
     mixes, inputs = [packed] * (REBUILT + 1), [branch] * (REBUILT + 1)
@@ -161,73 +163,52 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     inverse_rms = [meta(tokens), *[None] * REBUILT]
     norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
     launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
-    backward_launch.streams_backward(
-        streams,
-        streams,
-        branch,
-        None,
-        packed,
-        None,
-        single_pass=False,
-        tile=tiles.post_backward,
-        terms=tiles.product_terms,
-    )
-    factors = launch.factor_weight(parameters.weight, streams)
-    norm = Norm(meta(channels, dtype=dtype), 1e-5)
-    for has_branch, single_pass, has_norm in (
-        (False, False, False),
-        (True, False, False),
-        (True, True, False),
-        (True, False, True),
+    backward_launch.streams_backward(post_plan, None, streams, streams, branch, None, packed, None)
+    for has_branch, single_pass, norm_weight in (
+        (False, False, None),
+        (True, False, None),
+        (True, True, None),
+        (True, False, meta(channels, dtype=dtype)),
     ):
         post = (branch, None, packed) if has_branch else (None, None, None)
-        new_streams, u, raw, new_packed, inverse_rms = launch.mix(
+        plan = plan_of(
             streams,
-            *post,
-            factors,
-            parameters,
+            *post[:2],
+            norm_weight,
             options=options,
             single_pass=single_pass,
-            norm=norm if has_norm else None,
-            tile=tiles.mix,
         )
-        state = (
-            backward_launch.NormState(norm.weight, inverse_rms, new_packed) if has_norm else None
+        factors = launch.factor_weight(plan, None, parameters.weight)
+        new_streams, u, raw, new_packed, inverse_rms = launch.mix(
+            plan, None, streams, *post, factors, parameters, norm_weight
         )
-        projected, radial, partial, norm_gradients = backward_launch.mix_backward(
-            new_streams,
-            u,
-            new_packed,
-            raw,
-            parameters,
-            options=options,
-            single_pass=single_pass,
-            norm=state,
-            tile=(has_norm and tiles.mix_backward_norm) or tiles.mix_backward,
-        )
-        read = backward_launch.ReadGradients(u, new_packed, projected, radial, factors)
+        norm = norm_weight, inverse_rms
+        mixed = (new_streams, u, new_packed, raw, new_packed, factors, parameters, *norm)
+        read, partial = backward_launch.mix_backward(plan, None, *mixed)
         if has_branch:
-            backward_launch.streams_backward(
-                streams,
-                streams,
-                *post,
-                read,
-                single_pass=single_pass,
-                tile=tiles.streams_backward,
-                terms=tiles.product_terms,
-            )
+            backward_launch.streams_backward(plan, None, streams, streams, *post, read)
             continue
         for grad, trains in ((streams, True), (None, False)):
             backward_launch.pre_backward(
-                grad, streams, read, parameters.weight, trains=trains, tiles=tiles
+                plan, None, grad, streams, read, parameters.weight, None, trains=trains
             )
-    of_weight = (norm.weight, norm_gradients.weight_partial)
-    into, shape = meta(num_logits, n * channels), backward_launch.Shape.of(streams)
-    for main_grad, of_norm in ((None, None), (into, None), (None, of_weight)):
-        sums = backward_launch.weight_backward(
-            new_streams, projected, parameters.weight, tiles=tiles, main_grad=main_grad
+    into = meta(num_logits, n * channels)
+    for main_grad, of_norm in ((None, None), (into, None), (None, norm_weight)):
+        plan = plan_of(
+            streams,
+            branch,
+            None,
+            of_norm,
+            options=options,
+            accumulates=main_grad is not None,
         )
-        backward_launch.parameter_backward(sums, partial, shape, norm=of_norm)
+        weight = parameters.weight
+        sums = backward_launch.weight_backward(
+            plan, None, new_streams, read.projected, weight, main_grad
+        )
+        norm_sums = None if of_norm is None else partial.norm
+        small_sums = partial._replace(norm=norm_sums)
+        backward_launch.parameter_backward(plan, None, sums, small_sums, of_norm)
 
 
 def messages(n: int, channels: int, dtype: torch.dtype) -> None:
