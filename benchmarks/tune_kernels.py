@@ -75,11 +75,10 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             continue
         if kernel == "post_backward":
             plan = plan_of(*post[:3], tiles=tiles)
-            made.append(
-                partial(backward_launch.streams_backward, plan, None, one.grad_streams, *post, None)
-            )
+            operands = (None, None, one.grad_streams, *post, None, None, None)
+            made.append(partial(backward_launch.streams_backward, plan, *operands))
             continue
-        # Of what is not measured, in the default tiles.
+        # The forward in the default tiles where it is not measured.
         default = plan_of(*post[:3], options=options())
         plan = plan_of(*post[:3], options=options(), tiles=tiles)
         factors = launch.factor_weight(default, None, one.weight)
@@ -88,35 +87,30 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             made.append(partial(launch.mix, plan, *mixed))
             continue
         streams, _, raw, packed, _ = launch.mix(default, *mixed)
-        first = (streams, one.grad_u, one.grad_packed, raw, packed, factors, parameters, None, None)
-        if kernel == "mix_backward":
-            made.append(partial(backward_launch.mix_backward, plan, None, *first))
-            continue
-        if kernel == "weight_backward":
-            # By the same plan: its last kernel knows how many sums the first wrote.
-            read, sums = backward_launch.mix_backward(plan, None, *first)
-            of_phi = (streams, read.projected, one.weight, None)
-            made.append(partial(weight_call, plan, of_phi, sums))
-            continue
-        read, _ = backward_launch.mix_backward(default, None, *first)
         if kernel == "pre_backward":
             plan = plan_of(streams, options=options(), tiles=tiles)
-            operands = (None, one.grad_streams, streams, read, one.weight, None)
-            made.append(partial(backward_launch.pre_backward, plan, *operands, trains=True))
+        scratch = backward_launch.scratch_of(plan)
+        first = (streams, one.grad_u, one.grad_packed, raw, packed, parameters, None, None)
+        mix_backward = partial(backward_launch.mix_backward, plan, None, scratch, *first)
+        mix_backward()
+        read = (one.grad_u, packed, factors)
+        if kernel == "mix_backward":
+            made.append(mix_backward)
+        elif kernel == "weight_backward":
+            made.append(partial(weight_call, plan, scratch, streams, one.weight))
+        elif kernel == "pre_backward":
+            operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
+            made.append(partial(backward_launch.pre_backward, plan, *operands))
         else:
-            operands = (None, one.grad_streams, *post, read)
+            operands = (None, scratch, one.grad_streams, *post, *read)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
     return made
 
 
-def weight_call(
-    plan: Plan,
-    of_phi: tuple[Tensor, Tensor, Tensor, None],
-    sums: backward_launch.PartialSums,
-) -> None:
+def weight_call(plan: Plan, scratch: Tensor, streams: Tensor, weight: Tensor) -> None:
     """``weight_bwd`` and the sum of what it leaves."""
-    weight_sums = backward_launch.weight_backward(plan, None, *of_phi)
-    backward_launch.parameter_backward(plan, None, weight_sums, sums, None)
+    grad = backward_launch.weight_backward(plan, None, scratch, streams, weight, None)
+    backward_launch.parameter_backward(plan, None, scratch, grad, None)
 
 
 def rebuild_call(data: Operands, tile: Tile) -> Callable[[], object]:

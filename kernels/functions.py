@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from mhc_megatron.kernels.triton import backward_launch, launch
 from mhc_megatron.kernels.triton.arguments import Parameters
-from mhc_megatron.kernels.triton.backward_launch import PartialSums, WeightSums
 from mhc_megatron.kernels.triton.plan import Plan
 
 Gradients = tuple[Tensor | None, ...]
@@ -61,11 +60,14 @@ class Post(torch.autograd.Function):
         grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
             plan,
             plan.stream(),
+            None,
             grad_streams.contiguous(),
             streams,
             branch,
             branch_bias,
             packed,
+            None,
+            None,
             None,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
@@ -116,31 +118,35 @@ class Pre(torch.autograd.Function):
         if not plan.num_tokens:
             zeros = *_zeros(streams), *_zero_parameters(ctx, parameters), *_zeros(norm_weight)
             return *zeros, None, None
-        stream = plan.stream()
-        read, partial = backward_launch.mix_backward(
+        stream, scratch = plan.stream(), backward_launch.scratch_of(plan)
+        grad_u = backward_launch.mix_backward(
             plan,
             stream,
+            scratch,
             streams,
             _given(grad_u, streams),
             _contiguous(grad_packed),
             raw,
             packed,
-            factors,
             parameters,
             norm_weight,
             inverse_rms,
         )
-        grad_streams, sums = backward_launch.pre_backward(
+        grad_streams, grad_weight = backward_launch.pre_backward(
             plan,
             stream,
+            scratch,
             _contiguous(grad_through),
             streams,
-            read,
-            parameters.weight,
+            grad_u,
+            packed,
+            factors,
+            parameters.weight if ctx.trains else None,
             ctx.main_grad,
-            trains=ctx.trains,
         )
-        gradients = _parameter_gradients(ctx, stream, sums, partial, parameters, norm_weight)
+        gradients = _parameter_gradients(
+            ctx, stream, scratch, grad_weight, parameters.alpha_res, norm_weight
+        )
         return grad_streams, *gradients, None, None
 
 
@@ -204,36 +210,42 @@ class PostPre(torch.autograd.Function):
                 *_zero_parameters(ctx, parameters),
             )
             return *zeros, *_zeros(norm_weight), None, None
-        stream = plan.stream()
-        read, partial = backward_launch.mix_backward(
+        read_packed = packed if plan.single_pass else new_packed
+        stream, scratch = plan.stream(), backward_launch.scratch_of(plan)
+        grad_u = backward_launch.mix_backward(
             plan,
             stream,
+            scratch,
             new_streams,
             _given(grad_u, new_streams),
             _contiguous(grad_new_packed),
             raw,
-            packed if plan.single_pass else new_packed,
-            factors,
+            read_packed,
             parameters,
             norm_weight,
             inverse_rms,
         )
-        sums = None
+        grad_weight = None
         if ctx.trains:
             # Right after the first pass, whose last reads of the streams are still in L2.
-            sums = backward_launch.weight_backward(
-                plan, stream, new_streams, read.projected, parameters.weight, ctx.main_grad
+            grad_weight = backward_launch.weight_backward(
+                plan, stream, scratch, new_streams, parameters.weight, ctx.main_grad
             )
-        gradients = _parameter_gradients(ctx, stream, sums, partial, parameters, norm_weight)
+        gradients = _parameter_gradients(
+            ctx, stream, scratch, grad_weight, parameters.alpha_res, norm_weight
+        )
         grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
             plan,
             stream,
+            scratch,
             _contiguous(grad_streams),
             streams,
             branch,
             branch_bias,
             packed,
-            read,
+            grad_u,
+            read_packed,
+            factors,
         )
         grad_bias = _bias_gradient(grad_branch, branch_bias)
         return grad_x, grad_branch, grad_bias, grad_packed, *gradients, None, None
@@ -279,24 +291,23 @@ def _contiguous(gradient: Tensor | None) -> Tensor | None:
 def _parameter_gradients(
     ctx: Any,
     stream: int | None,
-    sums: WeightSums | None,
-    partial: PartialSums,
-    parameters: Parameters,
+    scratch: Tensor,
+    grad_weight: Tensor | None,
+    alpha_res: Tensor | None,
     norm_weight: Tensor | None,
 ) -> Gradients:
-    """In the order of ``Parameters``, and the norm's weight's; without ``sums`` there is none."""
-    if sums is None:
+    """In the order of ``Parameters``, and the norm's weight's; without ``grad_weight`` none."""
+    if grad_weight is None:
         return None, None, None, None, None, None
-    grads, grad_norm = backward_launch.parameter_backward(
-        ctx.plan, stream, sums, partial, norm_weight
+    grad_pre, grad_post, grad_res, grad_bias, grad_norm = backward_launch.parameter_backward(
+        ctx.plan, stream, scratch, grad_weight, norm_weight
     )
-    weight, alpha_pre, alpha_post, alpha_res, bias = grads
     return (
-        weight if ctx.main_grad is None else None,
-        alpha_pre,
-        alpha_post,
-        None if parameters.alpha_res is None else alpha_res,
-        bias,
+        grad_weight if ctx.main_grad is None else None,
+        grad_pre,
+        grad_post,
+        None if alpha_res is None else grad_res,
+        grad_bias,
         grad_norm,
     )
 

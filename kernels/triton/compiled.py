@@ -6,7 +6,7 @@ kernels the host then needs longer than the GPU.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -86,6 +86,20 @@ class Launch:
         return self.kernel[grid](*tensors, *numbers, num_warps=self.num_warps, **self.constants)
 
 
+class Part(NamedTuple):
+    """A piece of a float32 buffer: ``size`` numbers of ``dtype`` from byte ``first`` on, a multiple
+    of 16."""
+
+    first: int
+    size: int
+    dtype: torch.dtype
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The piece, [size]."""
+        numbers: Tensor = buffer[self.first // buffer.itemsize :].view(self.dtype)
+        return numbers[: self.size]
+
+
 class Prepared:
     """A launch that is always the same but for the addresses of its tensors.
 
@@ -95,17 +109,26 @@ class Prepared:
     Args:
         launch: the kernel.
         grid, numbers: as for it.
+        parts: of parameters of the kernel that take a piece of a buffer, by name: what is given for
+            them is the whole buffer, whose address costs less than a view.
     """
 
-    __slots__ = ("_grid", "_known", "_launch", "_numbers", "_tail")
+    __slots__ = ("_grid", "_known", "_launch", "_numbers", "_parts", "_shifts", "_tail")
 
     def __init__(
-        self, launch: Launch, grid: tuple[int, ...], numbers: tuple[float, ...] = ()
+        self,
+        launch: Launch,
+        grid: tuple[int, ...],
+        numbers: tuple[float, ...] = (),
+        parts: dict[str, Part] | None = None,
     ) -> None:
         self._launch = launch
         self._grid = (*grid, 1, 1)[:3]
         self._numbers = numbers
         self._tail = (*numbers, *launch.values)
+        names = launch.kernel.arg_names
+        self._parts = {names.index(name): part for name, part in (parts or {}).items()}
+        self._shifts = [(index, part.first) for index, part in self._parts.items() if part.first]
         self._known: tuple[Any, ...] | None = None
 
     def __call__(self, stream: int | None, *tensors: Tensor | None) -> None:
@@ -120,15 +143,22 @@ class Prepared:
             if pointer is not None:
                 low_bits |= pointer
         if low_bits & 15:
-            self._launch(self._grid, tensors, self._numbers)
+            self._look_up(tensors)
             return
+        for index, shift in self._shifts:
+            pointers[index] += shift
         run, x, y, z, function, metadata = known
         run(x, y, z, stream, function, metadata, None, None, None, *pointers, *self._tail)
 
     def _look_up(self, tensors: tuple[Tensor | None, ...]) -> None:
-        handle = self._launch(self._grid, tensors, self._numbers)
+        given = list(tensors)
+        for index, part in self._parts.items():
+            buffer = given[index]
+            assert buffer is not None
+            given[index] = part.of(buffer)
+        handle = self._launch(self._grid, given, self._numbers)
         if handle is not None and all(
-            tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors
+            tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given
         ):
             _, run, function, metadata = handle
             self._known = (run, *self._grid, function, metadata)

@@ -13,12 +13,15 @@ from torch import Tensor
 from mhc_megatron.kernels.options import NORM_EPS, MappingOptions
 from mhc_megatron.kernels.triton import bound
 from mhc_megatron.kernels.triton.arguments import INTERPRETED, blocks, matrices_of, parts_of
-from mhc_megatron.kernels.triton.compiled import Prepared, current_stream
+from mhc_megatron.kernels.triton.compiled import Part, Prepared, current_stream
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 
 # New streams whose sums over channels one launch of streams_bwd makes: n + 1 numbers of a token for
 # each. Those of eight need more registers than there are, so it is launched twice.
 SUMMED_TOGETHER = 4
+
+# Bytes; Triton compiles for pointers to multiples of 16, and CUDA's allocator has multiples of 512.
+_ALIGNMENT = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,13 @@ class Plan:
                 ),
                 (self.mix_programs,),
                 (self.num_tokens, options.eps),
+                self._parts(
+                    projected_ptr="projected",
+                    radial_ptr="radial",
+                    partial_ptr="small_sums",
+                    history_ptr="history",
+                    norm_partial_ptr="norm_sums",
+                ),
             )
             for has_grad_packed in (False, True)
         )
@@ -200,18 +210,42 @@ class Plan:
         return (self.has_norm and tiles.mix_backward_norm) or tiles.mix_backward
 
     @cached_property
-    def scratch(self) -> tuple[int, int, int]:
-        """float32 numbers of ``mix_bwd``: of the RMS, of the iterations, partial sums.
+    def _layout(self) -> tuple[dict[str, Part], int]:
+        """What the backward's kernels leave to each other, as parts of one buffer, and its size.
 
-        Multiples of 4 but the last: Triton compiles for pointers to multiples of 16 bytes.
+        projected: gradient of ``vec(x) phi``, [PARTS * M, T].
+        radial: of the RMS, [T].
+        history: the iterations' divisors.
+        small_sums: of alphas and bias, [programs, 2 M].
+        norm_sums: of a norm's weight, [programs, C].
+        weight_sums: of phi, [splits, M, K].
         """
         rows = 2 * (self._options.iterations - 1) * self.num_streams if self.iterates else 0
-        sums = 2 * self.num_logits * self.mix_programs
-        return _aligned(self.num_tokens), _aligned(rows * self.num_tokens), sums
+        sizes = {
+            "projected": self.parts * self.num_logits * self.num_tokens,
+            "radial": self.num_tokens,
+            "history": rows * self.num_tokens,
+            "small_sums": 2 * self.num_logits * self.mix_programs,
+            "norm_sums": self.mix_programs * self.channels if self.has_norm else 0,
+            "weight_sums": self.splits * self.num_weights if self.has_weight_sums else 0,
+        }
+        parts, end = {}, 0
+        for name, size in sizes.items():
+            if size:
+                dtype = self.factor_dtype if name == "projected" else torch.float32
+                parts[name] = Part(end, size, dtype)
+                end += blocks(size * dtype.itemsize, _ALIGNMENT) * _ALIGNMENT
+        return parts, end // torch.float32.itemsize
+
+    def _parts(self, **names: str) -> dict[str, Part]:
+        """Those that there are, by parameter."""
+        parts, _ = self._layout
+        return {parameter: parts[name] for parameter, name in names.items() if name in parts}
 
     @cached_property
     def scratch_size(self) -> int:
-        return sum(self.scratch)
+        """float32 numbers of what the backward's kernels leave to each other."""
+        return self._layout[1]
 
     @cached_property
     def iterates(self) -> bool:
@@ -223,6 +257,9 @@ class Plan:
         """Without a gradient of the new streams, and with; one after the other."""
         tiles, n = self.call.tiles, self.num_streams
         tile = tiles.streams_backward if self.num_logits else tiles.post_backward
+        read = {}
+        if self.num_logits:
+            read = self._parts(projected_ptr="projected", radial_ptr="radial")
         without, given = (
             tuple(
                 Prepared(
@@ -242,6 +279,7 @@ class Plan:
                     ),
                     (blocks(self.num_tokens, tile.tokens),),
                     (self.num_tokens,),
+                    read,
                 )
                 for first in range(0, n, SUMMED_TOGETHER)
             )
@@ -255,7 +293,8 @@ class Plan:
         width = self.num_streams * self.channels
         kernel = bound.weight_bwd(width, self.num_logits, self.dtype, tile, split)
         grid = (blocks(width, tile.channels), self.splits)
-        return Prepared(kernel, grid, (self.num_tokens,))
+        parts = self._parts(projected_ptr="projected", partial_ptr="weight_sums")
+        return Prepared(kernel, grid, (self.num_tokens,), parts)
 
     @cached_property
     def pre_bwd(self) -> dict[tuple[bool, bool], Prepared]:
@@ -278,6 +317,11 @@ class Plan:
                 ),
                 grid,
                 (self.num_tokens,),
+                self._parts(
+                    projected_ptr="projected",
+                    radial_ptr="radial",
+                    **({"weight_partial_ptr": "weight_sums"} if trains else {}),
+                ),
             )
             for has_grad_y in (False, True)
             for trains in (False, True)
@@ -315,7 +359,12 @@ class Plan:
             self.accumulates,
             self.has_norm,
         )
-        return Prepared(kernel, (programs,), (self.mix_programs,))
+        parts = self._parts(
+            weight_partial_ptr="weight_sums",
+            partial_ptr="small_sums",
+            norm_partial_ptr="norm_sums",
+        )
+        return Prepared(kernel, (programs,), (self.mix_programs,), parts)
 
     @cached_property
     def small(self) -> tuple[int, ...]:
@@ -327,7 +376,3 @@ class Plan:
     @cached_property
     def small_size(self) -> int:
         return sum(self.small)
-
-
-def _aligned(size: int) -> int:
-    return size + -size % 4

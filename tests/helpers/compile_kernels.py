@@ -163,7 +163,10 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     inverse_rms = [meta(tokens), *[None] * REBUILT]
     norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
     launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
-    backward_launch.streams_backward(post_plan, None, streams, streams, branch, None, packed, None)
+    read_by_nobody = (None, None, None)
+    backward_launch.streams_backward(
+        post_plan, None, None, streams, streams, branch, None, packed, *read_by_nobody
+    )
     for has_branch, single_pass, norm_weight in (
         (False, False, None),
         (True, False, None),
@@ -182,33 +185,24 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
         new_streams, u, raw, new_packed, inverse_rms = launch.mix(
             plan, None, streams, *post, factors, parameters, norm_weight
         )
-        norm = norm_weight, inverse_rms
-        mixed = (new_streams, u, new_packed, raw, new_packed, factors, parameters, *norm)
-        read, partial = backward_launch.mix_backward(plan, None, *mixed)
+        scratch, weight = backward_launch.scratch_of(plan), parameters.weight
+        mixed = (new_streams, u, new_packed, raw, new_packed, parameters, norm_weight, inverse_rms)
+        grad_u = backward_launch.mix_backward(plan, None, scratch, *mixed)
+        read = (grad_u, new_packed, factors)
         if has_branch:
-            backward_launch.streams_backward(plan, None, streams, streams, *post, read)
+            backward_launch.streams_backward(plan, None, scratch, streams, streams, *post, *read)
             continue
-        for grad, trains in ((streams, True), (None, False)):
-            backward_launch.pre_backward(
-                plan, None, grad, streams, read, parameters.weight, None, trains=trains
-            )
+        for grad, wanted in ((streams, weight), (None, None)):
+            backward_launch.pre_backward(plan, None, scratch, grad, streams, *read, wanted, None)
     into = meta(num_logits, n * channels)
     for main_grad, of_norm in ((None, None), (into, None), (None, norm_weight)):
-        plan = plan_of(
-            streams,
-            branch,
-            None,
-            of_norm,
-            options=options,
-            accumulates=main_grad is not None,
+        accumulates = main_grad is not None
+        plan = plan_of(streams, branch, None, of_norm, options=options, accumulates=accumulates)
+        scratch = backward_launch.scratch_of(plan)
+        grad = backward_launch.weight_backward(
+            plan, None, scratch, new_streams, parameters.weight, main_grad
         )
-        weight = parameters.weight
-        sums = backward_launch.weight_backward(
-            plan, None, new_streams, read.projected, weight, main_grad
-        )
-        norm_sums = None if of_norm is None else partial.norm
-        small_sums = partial._replace(norm=norm_sums)
-        backward_launch.parameter_backward(plan, None, sums, small_sums, of_norm)
+        backward_launch.parameter_backward(plan, None, scratch, grad, of_norm)
 
 
 def messages(n: int, channels: int, dtype: torch.dtype) -> None:
