@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,10 @@ def kill(bench: Bench) -> None:
 def _size(bench: Bench, model: str) -> Any:
     import multigpu_steps as part
 
-    size = replace(part.MODELS[model], backend=bench.args.backend, out=bench.folder)
-    if bench.args.hidden:
-        ffn = size.ffn * bench.args.hidden // size.hidden
-        size = replace(size, hidden=bench.args.hidden, heads=4, ffn=ffn, experts=8)
-    return replace(size, seq=bench.args.seq or size.seq)
+    args = bench.args
+    return part.size_of(
+        model, hidden=args.hidden, seq=args.seq, backend=args.backend, out=bench.folder
+    )
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {

@@ -12,7 +12,7 @@ import gc
 import importlib.util
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,16 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What is timed under a schedule: a residual, its recompute and its overlap."""
+    """What is timed under a schedule: a residual, its recompute and its overlap.
+
+    Attributes:
+        pairs: without a pipeline, two stages on a rank, whose forwards and backwards are paired.
+    """
 
     residual: Any = "mhc"
     recompute: Any = "none"
     overlap: Any = "none"
+    pairs: bool = False
 
 
 # The first is what the others are compared with.
@@ -60,16 +65,21 @@ VARIANTS = {
     "mhc": Variant(),
     "mhc_recompute": Variant(recompute="auto"),
 }
-OVERLAPPED = {"mhc_overlap": Variant(recompute="auto", overlap="all")}
-PAIRED = {"mhc_pairs": Variant(recompute="auto"), **OVERLAPPED}
+OVERLAPPED = {"mhc_overlap": Variant(recompute="auto", overlap="all", pairs=True)}
+PAIRED = {"mhc_pairs": Variant(recompute="auto", pairs=True), **OVERLAPPED}
 TRANSFORMER_IMPL: Any = (
     "local" if importlib.util.find_spec("transformer_engine") is None else "transformer_engine"
 )
 
 
-def variants(schedule: str) -> dict[str, Variant]:
-    """By name; a schedule that pairs forwards with backwards can also overlap them."""
-    return VARIANTS | (OVERLAPPED if schedule.startswith("dualpipe") else {})
+def variants(schedule: str, launch: str) -> dict[str, Variant]:
+    """By name; a schedule that pairs forwards with backwards can also overlap them.
+
+    Not as a graph: ``cuda_graph`` refuses ``parallel.overlap``.
+    """
+    more = {"dualpipe_v": OVERLAPPED, NO_PIPELINE: PAIRED}.get(schedule, {})
+    found = VARIANTS | more
+    return {n: v for n, v in found.items() if v.overlap == "none" or not LAUNCHES[launch]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,17 @@ MODELS = {
     "3B": Size(hidden=1280, heads=16, ffn=8 * 896, experts=64),
     "27B": Size(hidden=2560, heads=32, ffn=8 * 1536, experts=72),
 }
+
+
+def size_of(
+    model: str, *, hidden: int | None, seq: int | None, backend: Backend, out: Path
+) -> Size:
+    """Of one of MODELS, with ``hidden`` and ``seq`` in their place where they are given."""
+    size = replace(MODELS[model], backend=backend, out=out)
+    if hidden:
+        ffn = size.ffn * hidden // size.hidden
+        size = replace(size, hidden=hidden, heads=4, ffn=ffn, experts=8)
+    return replace(size, seq=seq or size.seq)
 
 
 @dataclass(kw_only=True)
@@ -198,7 +219,7 @@ def step_config(
             pipeline=num_ranks,
             distributed_optimizer=True,
             overlap=variant.overlap,
-            **({} if schedule == NO_PIPELINE else SCHEDULES[schedule]),
+            **(_alone(variant) if schedule == NO_PIPELINE else SCHEDULES[schedule]),
         ),
         MHCConfig(backend=size.backend, recompute=variant.recompute),
         residual=variant.residual,
@@ -206,6 +227,11 @@ def step_config(
         num_mb=4 * num_ranks,
         graph=graph,
     )
+
+
+def _alone(variant: Variant) -> dict[str, Any]:
+    """Arguments of ``ParallelConfig`` for a rank without a pipeline."""
+    return {"schedule": "dualpipe_v"} if variant.pairs else {}
 
 
 def _config(
@@ -259,7 +285,7 @@ def step_lines(
             num_layers=num_layers,
             graph=LAUNCHES[launch],
         )
-        for name, variant in variants(schedule).items()
+        for name, variant in variants(schedule, launch).items()
     }
     yield from _variant_lines(ranks, configs, {"schedule": schedule}, launch)
 
@@ -276,8 +302,8 @@ def expert_lines(ranks: Ranks, size: Size, *, num_layers: int | None) -> Iterato
                 data=ranks.num_ranks,
                 expert=ranks.num_ranks,
                 distributed_optimizer=True,
-                schedule="dualpipe_v" if name in PAIRED else "megatron",
                 overlap=variant.overlap,
+                **_alone(variant),
             ),
             MHCConfig(backend=size.backend, recompute=variant.recompute),
             residual=variant.residual,

@@ -165,6 +165,9 @@ def step_graph(lines: list[Line]) -> str:
         name = implementation.removeprefix("mhc_megatron.")
         cells = ["plain" if implementation == PLAIN else name]
         for launch in ("eager", "graph"):
+            if launch not in row:
+                cells += ["", ""]
+                continue
             step, memory = row[launch]["step"], row[launch]["peak_memory"]
             over = step.get("ratio_to_baseline")
             more = "" if over is None else f", {100 * (over - 1):+.1f} %"

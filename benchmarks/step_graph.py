@@ -4,8 +4,9 @@
     python benchmarks/step_graph.py --results out --device cpu --hidden 32 --seq 16 --layers 2
 
 The package's trainer on the model of ``multigpu_steps.py``, optimizer included: the plain residual,
-hyper-connections, and these with their states recomputed. Appends to ``<results>/step_graph.jsonl``
-(format: benchmarks/README.md).
+hyper-connections, these with their states recomputed, and so in two stages on the one rank, whose
+forwards and backwards are paired, and overlap. Appends to ``<results>/step_graph.jsonl`` (format:
+benchmarks/README.md).
 """
 
 import argparse
@@ -15,9 +16,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from multigpu_steps import LAUNCHES, NO_PIPELINE, Size, step_lines
+from multigpu_steps import LAUNCHES, MODELS, NO_PIPELINE, size_of, step_lines
 from provenance import append, provenance
 from ranks import Ranks
+
+from mhc_megatron.config import Backend
 
 SECONDS = 150.0  # of a launch, all variants
 
@@ -26,8 +29,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="results folder")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--hidden", type=int, default=Size.hidden, metavar="C")
-    parser.add_argument("--seq", type=int, default=Size.seq, metavar="S")
+    parser.add_argument("--model", choices=MODELS, default="3B", help="whose width")
+    parser.add_argument("--hidden", type=int, metavar="C", help="instead of the model's")
+    parser.add_argument("--seq", type=int, metavar="S", help="instead of the model's")
     parser.add_argument("--layers", type=int, metavar="L")
     parser.add_argument("--commit", help="the code measured (default: git's HEAD)")
     args = parser.parse_args()
@@ -38,13 +42,9 @@ def main() -> int:
     source, ranks = provenance(args.commit), Ranks(1)
     args.results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        size = Size(
-            hidden=args.hidden,
-            heads=Size.heads if args.hidden >= Size.hidden else 4,
-            ffn=Size.ffn * args.hidden // Size.hidden,
-            seq=args.seq,
-            backend="triton" if args.device == "cuda" else "reference",
-            out=Path(folder),
+        backend: Backend = "triton" if args.device == "cuda" else "reference"
+        size = size_of(
+            args.model, hidden=args.hidden, seq=args.seq, backend=backend, out=Path(folder)
         )
         try:
             for launch in LAUNCHES if args.device == "cuda" else ["eager"]:
