@@ -12,7 +12,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import native_specialize_impl
 
 from mhc_megatron.kernels.triton import compiled
-from mhc_megatron.kernels.triton.compiled import Launch, kind_of
+from mhc_megatron.kernels.triton.compiled import Launch, Part, Prepared, current_stream, kind_of
 
 # The current one of CUDA, of every device.
 STREAM = 17
@@ -168,6 +168,51 @@ def test_a_profiler_hears_of_the_launches(
         launch((5, 2), (None, None), (7, 1e-6))
     assert kernel.handles[0].observed == [((5, 2, 1), (None, None, 7, 1e-6, 4, 16))] * 2
     assert kernel.handles[0].calls == []
+
+
+def prepared(kernel: Kernel, **parts: Part) -> Prepared:
+    return Prepared(Launch(kernel, num_warps=8, N=4, BT=16), (3,), (7, 1e-6), parts)
+
+
+def test_a_prepared_launch_passes_addresses_of_parts(devices: list[int]) -> None:
+    kernel, x, other = Kernel(), torch.zeros(8), torch.zeros(8)
+    buffer, another = torch.arange(32.0), torch.zeros(32)
+    launch = prepared(kernel, y_ptr=Part(first=64, size=5, dtype=torch.bfloat16))
+    launch(STREAM, x, buffer)
+    ((grid, (first, part, *numbers), _),) = kernel.compiled
+    assert (grid, first, numbers) == ((3, 1, 1), x, [7, 1e-6])
+    # A view for Triton, which asks for the dtype.
+    assert torch.equal(part, buffer[16:].view(torch.bfloat16)[:5])
+    launch(STREAM, other, another)
+    assert len(kernel.compiled) == 1
+    addresses = other.data_ptr(), another.data_ptr() + 64
+    assert kernel.handles[0].calls == [((3, 1, 1), (*addresses, 7, 1e-6, 4, 16))]
+
+
+def test_a_prepared_launch_of_another_alignment_is_another_kind(devices: list[int]) -> None:
+    kernel, x = Kernel(), torch.zeros(32)
+    launch = prepared(kernel)
+    # The kind of multiples of 16 bytes is not the first that is seen.
+    for _ in range(2):
+        launch(STREAM, x[1:], None)
+        launch(STREAM, x, None)
+    assert len(kernel.compiled) == 2
+    unaligned, aligned = kernel.handles
+    assert [arguments[0] for _, arguments in unaligned.calls] == [x.data_ptr() + 4]
+    assert [arguments[0] for _, arguments in aligned.calls] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_hears_of_prepared_launches(
+    hook: str, devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, cuda = Kernel(), torch.device("cuda", 0)
+    launch = prepared(kernel)
+    launch(current_stream(cuda), None, None)
+    launch(current_stream(cuda), None, None)
+    monkeypatch.setattr(compiled.HOOKS, hook, Mock(calls=[print]))
+    launch(current_stream(cuda), None, None)
+    assert len(kernel.handles[0].calls) == len(kernel.handles[0].observed) == 1
 
 
 def test_equal_numbers_of_another_type_are_another_kind() -> None:
