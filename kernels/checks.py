@@ -32,13 +32,28 @@ def finite_inputs() -> Iterator[None]:
         _finite = before
 
 
-def check_streams(streams: Tensor) -> None:
+def check_streams(streams: Tensor, num_streams: int | None = None) -> Tensor:
+    """The streams as [..., n, C], which ``num_streams`` gives as [..., n*C]."""
+    if num_streams is not None:
+        streams = _unflattened(streams, num_streams)
     if streams.dim() < 2 or not streams.is_floating_point():
         raise ValueError(
             f"streams: expected floating [..., n, C], got {streams.dtype} {tuple(streams.shape)}"
         )
     if _finite:
         _expect_finite("streams", streams)
+    return streams
+
+
+def _unflattened(streams: Tensor, num_streams: int) -> Tensor:
+    if num_streams < 1:
+        raise ValueError(f"num_streams={num_streams} must be at least 1")
+    if streams.dim() < 1 or streams.shape[-1] % num_streams:
+        raise ValueError(
+            f"streams: expected [..., {num_streams}*C] with num_streams={num_streams}, got "
+            f"{tuple(streams.shape)}"
+        )
+    return streams.unflatten(-1, (num_streams, -1))
 
 
 def check_hidden(hidden: Tensor, num_streams: int) -> None:

@@ -41,6 +41,7 @@ def pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
     main_grad: Tensor | None = None,
+    num_streams: int | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> tuple[Tensor, Mappings | PackedMappings]:
@@ -57,6 +58,8 @@ def pre(
         norm_eps: of that norm, inside the root; None for 1e-5.
         main_grad: [M, n*C] float32: backward adds phi's gradient to it and returns none for
             ``weight``, as Megatron's ``gradient_accumulation_fusion`` does. The sum is the same.
+        num_streams: n of streams that are given as [..., n*C], in the same memory; None for
+            [..., n, C].
         backend: "auto", "triton" or "reference".
         tiles: of the kernels; None for the table of kernels/triton/tiles.py.
 
@@ -68,17 +71,18 @@ def pre(
         ValueError: an argument does not fit, or ``backend="triton"`` cannot run.
     """
     given = (streams, weight, *alphas, bias, norm_weight, main_grad)
-    signature = signature_of(given, options, norm_eps, backend, tiles, weight.requires_grad)
+    others = norm_eps, num_streams, backend, tiles, weight.requires_grad
+    signature = signature_of(given, options, *others)
     plan = _pre_plans.get(signature)
     if plan is None:
-        checks.check_streams(streams)
-        checks.check_parameters(streams, weight, alphas, bias, options)
-        checks.check_main_grad(streams, weight, main_grad)
-        eps = checks.check_norm(streams, norm_weight, norm_eps)
-        if choose_backend(streams, options=options, backend=backend).name == "reference":
+        x = checks.check_streams(streams, num_streams)
+        checks.check_parameters(x, weight, alphas, bias, options)
+        checks.check_main_grad(x, weight, main_grad)
+        eps = checks.check_norm(x, norm_weight, norm_eps)
+        if choose_backend(x, options=options, backend=backend).name == "reference":
             weight = add_gradient_to(weight, main_grad)
             return compositions.pre(
-                streams,
+                x,
                 weight,
                 alphas,
                 bias,
@@ -87,15 +91,16 @@ def pre(
                 norm_eps=eps,
             )
         _check_operands_of_kernels(weight, alphas, bias, norm_weight)
-        if traced(streams, tiles):
-            return _traced_pre(streams, weight, alphas, bias, options, norm_weight, eps)
+        if traced(x, tiles):
+            return _traced_pre(x, weight, alphas, bias, options, norm_weight, eps)
         plan = _module("triton.plan").plan_of(
-            streams,
+            x,
             norm_weight=norm_weight,
             options=options,
             tiles=tiles,
             accumulates=_accumulates(weight, main_grad),
             norm_eps=eps,
+            flat=num_streams is not None,
         )
         _pre_plans.remember(signature, plan)
     u, packed, through, inverse_rms = _module("functions").Pre.apply(
@@ -107,9 +112,7 @@ def pre(
         main_grad if plan.accumulates else None,
         plan,
     )
-    return u, PackedMappings(
-        packed, plan.num_streams, streams.shape[:-2], streams, through, inverse_rms
-    )
+    return u, PackedMappings(packed, plan.num_streams, u.shape[:-1], streams, through, inverse_rms)
 
 
 def _traced_pre(
@@ -138,6 +141,7 @@ def post(
     mix: Mappings | PackedMappings,
     *,
     branch_bias: Tensor | None = None,
+    num_streams: int | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> Tensor:
@@ -148,10 +152,10 @@ def post(
         branch: [..., C]; f is the branch's output plus ``branch_bias``.
         mix: what ``pre`` returned.
         branch_bias: [C] or None; added in float32.
-        backend, tiles: as for ``pre``.
+        num_streams, backend, tiles: as for ``pre``.
 
     Returns:
-        [..., n, C] in the streams' dtype.
+        [..., n, C] in the streams' dtype; [..., n*C] with ``num_streams``.
 
     Raises:
         ValueError: as ``pre``.
@@ -160,21 +164,22 @@ def post(
     if isinstance(mix, PackedMappings):
         packed, sizes = mix.packed, (mix.num_streams, mix.tokens)
         given = (streams, branch, branch_bias, packed)
-        signature = signature_of(given, None, *sizes, backend, tiles)
+        signature = signature_of(given, None, *sizes, num_streams, backend, tiles)
         plan = _post_plans.get(signature)
     if plan is None:
-        checks.check_streams(streams)
-        checks.check_branch(streams, branch, branch_bias)
-        checks.check_mix(streams, mix)
-        if choose_backend(streams, backend=backend).name == "reference":
-            return compositions.post(streams, branch, mix, branch_bias=branch_bias)
+        x = checks.check_streams(streams, num_streams)
+        checks.check_branch(x, branch, branch_bias)
+        checks.check_mix(x, mix)
+        if choose_backend(x, backend=backend).name == "reference":
+            next_streams = compositions.post(x, branch, mix, branch_bias=branch_bias)
+            return _shaped(next_streams, num_streams)
         packed = pack(mix)
         checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
-        if traced(streams, tiles):
+        if traced(x, tiles):
             from mhc_megatron.kernels import operators
 
-            return operators.post(streams, branch, branch_bias, packed)
-        plan = _module("triton.plan").plan_of(streams, branch, branch_bias, tiles=tiles)
+            return _shaped(operators.post(x, branch, branch_bias, packed), num_streams)
+        plan = _module("triton.plan").plan_of(x, branch, branch_bias, tiles=tiles)
         _post_plans.remember(signature, plan)
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
@@ -194,6 +199,7 @@ def post_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
     main_grad: Tensor | None = None,
+    num_streams: int | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
@@ -203,10 +209,10 @@ def post_pre(
         streams, branch, mix, branch_bias: of the sublayer that ends, as for ``post``.
         weight, alphas, bias, options, norm_weight, norm_eps, main_grad: of the next sublayer, as
             for ``pre``.
-        backend, tiles: as for ``pre``.
+        num_streams, backend, tiles: as for ``pre``.
 
     Returns:
-        The next streams [..., n, C], the next branch's input [..., C], normalised with
+        The next streams, in the shape of these, the next branch's input [..., C], normalised with
         ``norm_weight``, and its mappings.
 
     Raises:
@@ -225,6 +231,7 @@ def post_pre(
         norm_eps,
         main_grad,
         False,
+        num_streams,
         backend,
         tiles,
     )
@@ -241,6 +248,7 @@ def single_pass(
     options: MappingOptions,
     branch_bias: Tensor | None = None,
     main_grad: Tensor | None = None,
+    num_streams: int | None = None,
     backend: Backend = "auto",
     tiles: "Tiles | None" = None,
 ) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
@@ -263,6 +271,7 @@ def single_pass(
         None,
         main_grad,
         True,
+        num_streams,
         backend,
         tiles,
     )
@@ -281,6 +290,7 @@ def _boundary(
     norm_eps: float | None,
     main_grad: Tensor | None,
     read_with_previous: bool,
+    num_streams: int | None,
     backend: Backend,
     tiles: "Tiles | None",
 ) -> tuple[Tensor, Tensor, Mappings | PackedMappings]:
@@ -306,39 +316,47 @@ def _boundary(
             mix.tokens,
             norm_eps,
             read_with_previous,
+            num_streams,
             backend,
             tiles,
             weight.requires_grad,
         )
         plan = _boundary_plans.get(signature)
     if plan is None:
-        checks.check_streams(streams)
-        checks.check_branch(streams, branch, branch_bias)
-        checks.check_mix(streams, mix)
-        checks.check_parameters(streams, weight, alphas, bias, options)
-        checks.check_main_grad(streams, weight, main_grad)
-        eps = checks.check_norm(streams, norm_weight, norm_eps)
-        if choose_backend(streams, options=options, backend=backend).name == "reference":
-            operands = (streams, branch, mix, add_gradient_to(weight, main_grad), alphas, bias)
+        x = checks.check_streams(streams, num_streams)
+        checks.check_branch(x, branch, branch_bias)
+        checks.check_mix(x, mix)
+        checks.check_parameters(x, weight, alphas, bias, options)
+        checks.check_main_grad(x, weight, main_grad)
+        eps = checks.check_norm(x, norm_weight, norm_eps)
+        if choose_backend(x, options=options, backend=backend).name == "reference":
+            operands = (x, branch, mix, add_gradient_to(weight, main_grad), alphas, bias)
             if read_with_previous:
-                return compositions.single_pass(*operands, options=options, branch_bias=branch_bias)
-            return compositions.post_pre(
-                *operands,
-                options=options,
-                branch_bias=branch_bias,
-                norm_weight=norm_weight,
-                norm_eps=eps,
-            )
+                next_streams, u, made = compositions.single_pass(
+                    *operands, options=options, branch_bias=branch_bias
+                )
+            else:
+                next_streams, u, made = compositions.post_pre(
+                    *operands,
+                    options=options,
+                    branch_bias=branch_bias,
+                    norm_weight=norm_weight,
+                    norm_eps=eps,
+                )
+            return _shaped(next_streams, num_streams), u, made
         packed = pack(mix)
         _check_operands_of_kernels(
             weight, alphas, bias, norm_weight, branch=branch, branch_bias=branch_bias, mix=packed
         )
-        if traced(streams, tiles):
-            post_operands = (streams, branch, branch_bias, packed)
+        if traced(x, tiles):
+            post_operands = (x, branch, branch_bias, packed)
             pre_operands = (weight, *alphas, bias, norm_weight)
-            return _traced_boundary(post_operands, pre_operands, options, eps, read_with_previous)
+            next_streams, u, packed_mix = _traced_boundary(
+                post_operands, pre_operands, options, eps, read_with_previous
+            )
+            return _shaped(next_streams, num_streams), u, packed_mix
         plan = _module("triton.plan").plan_of(
-            streams,
+            x,
             branch,
             branch_bias,
             norm_weight,
@@ -347,9 +365,9 @@ def _boundary(
             single_pass=read_with_previous,
             accumulates=_accumulates(weight, main_grad),
             norm_eps=eps,
+            flat=num_streams is not None,
         )
         _boundary_plans.remember(signature, plan)
-    tokens = streams.shape[:-2]
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
     new_streams, u, new_packed, inverse_rms = _module("functions").PostPre.apply(
@@ -364,7 +382,7 @@ def _boundary(
         main_grad if plan.accumulates else None,
         plan,
     )
-    mappings = PackedMappings(new_packed, plan.num_streams, tokens, None, None, inverse_rms)
+    mappings = PackedMappings(new_packed, plan.num_streams, u.shape[:-1], None, None, inverse_rms)
     return new_streams, u, mappings
 
 
@@ -385,6 +403,11 @@ def _traced_boundary(
     n, tokens = new_streams.shape[-2], new_streams.shape[:-2]
     mix = PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms if has_norm else None)
     return new_streams, u, mix
+
+
+def _shaped(streams: Tensor, num_streams: int | None) -> Tensor:
+    """[..., n, C], or as [..., n*C] where they were given so."""
+    return streams if num_streams is None else streams.flatten(-2)
 
 
 def _accumulates(weight: Tensor, main_grad: Tensor | None) -> bool:

@@ -124,7 +124,7 @@ class Pre(torch.autograd.Function):
             stream,
             scratch,
             streams,
-            _given(grad_u, streams),
+            _given(plan, grad_u, streams),
             _contiguous(grad_packed),
             raw,
             packed,
@@ -217,7 +217,7 @@ class PostPre(torch.autograd.Function):
             stream,
             scratch,
             new_streams,
-            _given(grad_u, new_streams),
+            _given(plan, grad_u, new_streams),
             _contiguous(grad_new_packed),
             raw,
             read_packed,
@@ -278,9 +278,9 @@ def _remember(
         ctx.mark_non_differentiable(inverse_rms)
 
 
-def _given(grad_u: Tensor | None, streams: Tensor) -> Tensor:
+def _given(plan: Plan, grad_u: Tensor | None, streams: Tensor) -> Tensor:
     if grad_u is None:
-        return streams.new_zeros((*streams.shape[:-2], streams.shape[-1]))
+        return streams.new_zeros(plan.shape_of_input(streams))
     return grad_u.contiguous()
 
 

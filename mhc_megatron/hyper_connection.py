@@ -140,17 +140,17 @@ class HyperConnection(KeepFP32):
         Raises:
             ValueError: ``mhc.backend="triton"`` cannot run here, and why.
         """
-        x = self._unflatten(streams)
-        self._announce(x)
-        norm_weight, norm_eps = self._norm_of(norm, x)
+        self._announce(streams)
+        norm_weight, norm_eps = self._norm_of(norm, streams)
         branch_input, mix = self._run(
             kernels.pre,
-            x,
+            streams,
             *self(),
             options=self._options,
             norm_weight=norm_weight,
             norm_eps=norm_eps,
             main_grad=self.mapping_proj.main_grad(),
+            num_streams=self.num_streams,
             backend=self.mhc.backend,
         )
         return branch_input, mix
@@ -169,11 +169,15 @@ class HyperConnection(KeepFP32):
         Returns:
             [s, b, n*C] in the streams' dtype.
         """
-        x = self._read_by(mix, streams)
-        next_streams = self._run(
-            kernels.post, x, branch, mix, branch_bias=branch_bias, backend=self.mhc.backend
+        return self._run(
+            kernels.post,
+            self._read_by(mix, streams),
+            branch,
+            mix,
+            branch_bias=branch_bias,
+            num_streams=self.num_streams,
+            backend=self.mhc.backend,
         )
-        return next_streams.flatten(-2)
 
     def post_pre(
         self,
@@ -197,35 +201,32 @@ class HyperConnection(KeepFP32):
         Returns:
             The next streams [s, b, n*C], the next branch's input [s, b, C] and its mappings.
         """
-        x = self._read_by(mix, streams)
-        operands = (x, branch, mix, *following())
+        operands = (self._read_by(mix, streams), branch, mix, *following())
         settings: dict[str, Any] = {
             "options": following._options,
             "branch_bias": branch_bias,
             "main_grad": following.mapping_proj.main_grad(),
+            "num_streams": self.num_streams,
             "backend": self.mhc.backend,
         }
         if self.mhc.variant == "single_pass":
-            next_streams, branch_input, next_mix = following._run(
-                kernels.single_pass, *operands, **settings
-            )
-        else:
-            norm_weight, norm_eps = following._norm_of(norm, x)
-            next_streams, branch_input, next_mix = following._run(
-                kernels.post_pre,
-                *operands,
-                norm_weight=norm_weight,
-                norm_eps=norm_eps,
-                **settings,
-            )
-        return next_streams.flatten(-2), branch_input, next_mix
+            return following._run(kernels.single_pass, *operands, **settings)
+        norm_weight, norm_eps = following._norm_of(norm, streams)
+        norms = {"norm_weight": norm_weight, "norm_eps": norm_eps}
+        return following._run(kernels.post_pre, *operands, **norms, **settings)
 
-    def _norm_of(self, norm: BranchNorm | None, x: Tensor) -> tuple[Tensor | None, float | None]:
+    def _norm_of(
+        self, norm: BranchNorm | None, streams: Tensor
+    ) -> tuple[Tensor | None, float | None]:
         """Weight and eps of a norm that the kernels apply; None of what is left to the caller."""
-        if norm is None:
+        if norm is None or self._choice(streams).name != "triton":
             return None, None
-        choice = kernels.choose_backend(x, options=self._options, backend=self.mhc.backend)
-        return (norm(), norm.eps) if choice.name == "triton" else (None, None)
+        return norm(), norm.eps
+
+    def _choice(self, streams: Tensor) -> kernels.BackendChoice:
+        """What runs for these streams, [s, b, n*C]."""
+        x = self._unflatten(streams.detach())
+        return kernels.choose_backend(x, options=self._options, backend=self.mhc.backend)
 
     def read(self, next_streams: Tensor, mix: Mix) -> Tensor:
         """The next branch's input under ``single_pass``, where ``post_pre`` is not to be had.
@@ -244,15 +245,15 @@ class HyperConnection(KeepFP32):
         source = mix.source if isinstance(mix, kernels.PackedMappings) else None
         if source is not None and source.data_ptr() == streams.data_ptr():
             return source
-        return self._unflatten(streams)
+        return streams
 
     def _unflatten(self, streams: Tensor) -> Tensor:
         return streams.unflatten(-1, (self.num_streams, -1))
 
-    def _announce(self, x: Tensor) -> None:
+    def _announce(self, streams: Tensor) -> None:
         if self.mhc.backend == "auto" and not self._announced:
             self._announced = True
-            _log_once(kernels.choose_backend(x, options=self._options), on_gpu=x.is_cuda)
+            _log_once(self._choice(streams), on_gpu=streams.is_cuda)
 
     def _run(self, kernel: Callable[..., Any], *operands: Any, **settings: Any) -> Any:
         if self.observer is None:

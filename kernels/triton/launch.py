@@ -60,8 +60,7 @@ def mix(
     num_tokens, dtype, device = plan.num_tokens, plan.dtype, plan.device
     if branch is None or packed is None:
         new_streams = streams
-        shape = (*streams.shape[:-2], plan.channels)
-        u = torch.empty(shape, dtype=dtype, device=device)
+        u = torch.empty(plan.shape_of_input(streams), dtype=dtype, device=device)
         new_packed = torch.empty(plan.rows, num_tokens, dtype=torch.float32, device=device)
     else:
         # Of the same sizes, and the cheapest operation that allocates.

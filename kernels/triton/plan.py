@@ -36,6 +36,7 @@ class Call:
         single_pass: the branch's input is read with the mappings that write.
         accumulates: phi's gradient is added to a buffer.
         norm_eps: of the norm of the branch's input, if it has a weight.
+        flat: the streams are [..., n*C], not [..., n, C].
     """
 
     num_tokens: int
@@ -49,6 +50,7 @@ class Call:
     single_pass: bool
     accumulates: bool
     norm_eps: float
+    flat: bool
 
 
 def plan_of(
@@ -62,6 +64,7 @@ def plan_of(
     single_pass: bool = False,
     accumulates: bool = False,
     norm_eps: float = NORM_EPS,
+    flat: bool = False,
 ) -> "Plan":
     """The plan of a call with these operands: of ``pre`` without branch, of ``post`` without
     options.
@@ -69,7 +72,8 @@ def plan_of(
     Args:
         streams: x, [..., n, C].
         branch, branch_bias, norm_weight: as for ``post_pre``; mappings and parameters are float32.
-        options, tiles, single_pass, accumulates, norm_eps: as of ``Call``.
+        options, tiles, single_pass, accumulates, norm_eps, flat: as of ``Call``; here the streams
+            are [..., n, C] also if they are to be given as [..., n*C].
     """
     n, channels = streams.shape[-2:]
     branch_dtype, bias_dtype, norm_dtype = (
@@ -88,6 +92,7 @@ def plan_of(
             single_pass=single_pass,
             accumulates=accumulates,
             norm_eps=float(norm_eps),
+            flat=flat,
         )
     )
 
@@ -123,6 +128,10 @@ class Plan:
         self.has_branch, self.has_bias = branch is not None, bias is not None
         self.has_norm = norm is not None
         self._launched_by_triton = INTERPRETED or call.device.type == "meta"
+
+    def shape_of_input(self, streams: Tensor) -> tuple[int, ...]:
+        """Of the branch's input, [..., C]."""
+        return (*streams.shape[: -1 if self.call.flat else -2], self.channels)
 
     def stream(self) -> int | None:
         """What ``Prepared`` launches on, of the current device: for the launches of one pass."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mhc_megatron.config import MHCConfig, Projection
+from mhc_megatron.config import MHCConfig, Projection, Variant
 from mhc_megatron.hyper_connection import HyperConnection, mappings_to
 from mhc_megatron.streams import Contraction, expand_streams
 
@@ -66,6 +66,20 @@ def test_pre_and_post_keep_the_dtype_and_shape_of_the_streams() -> None:
     assert {part.dtype for part in mix} == {torch.float32}
     following = connection.post(streams, branch_input, mix)
     assert following.shape == streams.shape and following.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["two_pass", "single_pass"])
+def test_boundaries_of_the_kernels_follow_each_other_without_views(variant: Variant) -> None:
+    """Each view is a node of autograd forward and backward, at every boundary."""
+    mhc = MHCConfig(backend="triton", variant=variant)
+    first, second, third = (HyperConnection(mhc, hidden_size=8, sublayer=i) for i in range(3))
+    streams = torch.randn(3, 2, 32, requires_grad=True)
+    branch, mix = first.pre(streams)
+    middle, branch, mix = first.post_pre(streams, branch, mix, second)
+    last, _, _ = second.post_pre(middle, branch, mix, third)
+    assert middle.grad_fn is not None
+    assert last.grad_fn is not None
+    assert last.grad_fn.next_functions[0][0] is middle.grad_fn
 
 
 def test_the_observer_sees_the_residual_mapping() -> None:
