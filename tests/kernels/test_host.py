@@ -21,7 +21,7 @@ from mhc_megatron import kernels
 from mhc_megatron.kernels import MappingOptions, PackedMappings, backends, functional
 from mhc_megatron.kernels.known import Known
 from mhc_megatron.kernels.triton import bound, compiled, plan
-from mhc_megatron.kernels.triton.compiled import Launch
+from mhc_megatron.kernels.triton.compiled import Kind, Launch, Prepared
 
 ALLOCATIONS = ("aten.empty.memory_format", "aten.empty_like.default")
 KERNELS = str(Path(kernels.__file__).parent)
@@ -233,3 +233,27 @@ def test_each_call_has_the_plan_of_its_own_options(launches: list[str]) -> None:
     repeated.forward()
     assert len(plans) == 5
     assert len({id(one) for one in plans.values()}) == 5
+
+
+@pytest.mark.parametrize("operation", MOST_CALLS)
+def test_kernels_are_given_gradients_in_the_dtypes_that_they_were_compiled_for(
+    operation: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a prepared launch does not look at: autograd casts what it is given."""
+    repeated = Repeated(operation)
+    seen: list[Kind] = []
+    call = Prepared.__call__
+
+    def spy(launch: Prepared, stream: int | None, *tensors: Tensor | None) -> None:
+        seen.append(tuple(None if tensor is None else tensor.dtype for tensor in tensors))
+        call(launch, stream, *tensors)
+
+    monkeypatch.setattr(Prepared, "__call__", spy)
+    leaves = list(repeated.leaves.values())
+    for dtype in (None, torch.float64):
+        outputs = repeated.forward()
+        gradients = [torch.ones_like(output, dtype=dtype) for output in outputs]
+        torch.autograd.grad(outputs, leaves, gradients)
+    half = len(seen) // 2
+    assert half
+    assert seen[:half] == seen[half:]
