@@ -44,6 +44,11 @@ def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
     return [tile for tile in tiles if 4 <= tile.tokens * tile.channels / tile.num_warps / 32 <= 64]
 
 
+def spans(tiles: list[Tile], channels: str) -> list[Tile]:
+    """Each with programs of so many channels."""
+    return [replace(tile, span=int(span)) for tile in tiles for span in channels.split()]
+
+
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
     "post": grid("8 16", "128 256 512", "4 8", "1"),
@@ -54,6 +59,20 @@ CANDIDATES = {
     "pre_backward": grid("16 32 64", "64 128 256", "4 8", "2 3 4"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
 }
+
+# Of more than four streams, instead of the above.
+WIDE_CANDIDATES = {
+    "mix": grid("16 32", "32 64 128", "4 8", "2 3 4"),
+    "project": spans(grid("64 128", "16 32", "8", "1 2 3"), "320 640 1280"),
+    "mix_backward": grid("16 32", "32 64", "4 8", "2 3"),
+    "streams_backward": spans(
+        grid("64", "16", "8", "1 2") + grid("64 128", "8", "4 8", "1 2"), "320 640 1280"
+    ),
+    "post_backward": spans(grid("16 32 64", "16 32 64", "4 8", "1 2"), "320 640 2560"),
+    "weight_backward": grid("32 64 128", "64 128 256", "4 8", "3 4"),
+}
+
+KERNELS = ["project", *CANDIDATES]
 
 # Kernels whose programs take a part of the tokens, and the field that says how many.
 SPLITS = {"weight_backward": "weight_split", "pre_backward": "pre_split"}
@@ -83,7 +102,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         plan = plan_of(*post[:3], options=options(), tiles=tiles)
         factors = launch.factor_weight(default, None, one.weight)
         mixed = (None, *post, factors, parameters, None)
-        if kernel == "mix":
+        if kernel in ("mix", "project"):
             made.append(partial(launch.mix, plan, *mixed))
             continue
         streams, _, raw, packed, _ = launch.mix(default, *mixed)
@@ -133,10 +152,17 @@ def time_of(kernel: str, data: list[Operands], tiles: Tiles, repetitions: int) -
         return None
 
 
+def candidates(kernel: str, base: Tiles) -> list[Tile]:
+    """Those of the table's number of streams; none of a kernel that it does not launch."""
+    if base.project is None:
+        return CANDIDATES.get(kernel, [])
+    return WIDE_CANDIDATES.get(kernel) or CANDIDATES[kernel]
+
+
 def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
     found = []
     for kernel in kernels:
-        for tile in CANDIDATES[kernel]:
+        for tile in candidates(kernel, base):
             # Fewer products are faster and less exact: shown for the table's tile, never chosen.
             terms = (
                 (2, 3)
@@ -196,7 +222,7 @@ def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> Tile
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", required=True, help="T,C,n")
-    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--write", type=Path, help="the best of the last shape, for kernels.py")

@@ -72,6 +72,14 @@ def logit_rows(num_logits: int, dtype: torch.dtype) -> int:
     return padded(num_logits, 32 if parts_of(dtype) == 2 else 16)
 
 
+def logit_groups(num_logits: int) -> tuple[int, int]:
+    """M as two powers of two, or as one and 0: 80 rows are 64 and 16, where one would be 128."""
+    head = 1 << (num_logits.bit_length() - 1)
+    tail = padded(num_logits - head, 16) if num_logits > head else 0
+    whole = padded(num_logits, 16)
+    return (head, tail) if tail and head + tail < whole else (whole, 0)
+
+
 @cache
 def permutation_matrices(num_streams: int, device: torch.device) -> Tensor:
     """[n!, n, n] float32: ``P_k[o, order_k[o]] = 1``, in the order of ``permutation``."""

@@ -82,23 +82,27 @@ def streams_backward(
     grad_x = torch.empty_like(streams)
     grad_branch = torch.empty_like(branch)
     grad_packed = torch.empty_like(packed)
-    for kernel in plan.streams_bwd[grad_streams is not None]:
-        kernel(
-            stream,
-            grad_streams,
-            grad_u,
-            streams,
-            branch,
-            branch_bias,
-            packed,
-            read_packed,
-            scratch,
-            scratch,
-            factors,
-            grad_x,
-            grad_branch,
-            grad_packed,
-        )
+    sums = grad_packed
+    if plan.wide:
+        sums = torch.empty(plan.streams_sums, dtype=torch.float32, device=plan.device)
+    plan.streams_bwd[grad_streams is not None](
+        stream,
+        grad_streams,
+        grad_u,
+        streams,
+        branch,
+        branch_bias,
+        packed,
+        read_packed,
+        scratch,
+        scratch,
+        factors,
+        grad_x,
+        grad_branch,
+        sums,
+    )
+    if plan.wide:
+        plan.add_splits(stream, sums, grad_packed)
     return grad_x, grad_branch, grad_packed
 
 

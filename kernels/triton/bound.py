@@ -8,13 +8,15 @@ from functools import cache
 import torch
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import forward
+from mhc_megatron.kernels.triton import forward, wide_forward
 from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
 from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
 from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
+from mhc_megatron.kernels.triton import wide_backward as wide_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
     blocks,
+    logit_groups,
     logit_rows,
     padded,
     parts_of,
@@ -26,8 +28,12 @@ from mhc_megatron.kernels.triton.tiles import Tile
 
 # Numbers of phi per program of the kernels that only copy or add them.
 ELEMENTS = 1024
+# Channels of a stream per program of ``split_wide``.
+SPLIT_CHANNELS = 32
 # Numbers of a norm's weight per program of ``reduce_partials``.
 NORM_COLUMNS = 64
+# More streams than these have kernels of their own, of programs that share a token's channels.
+WIDE = 4
 
 
 def interleaves(n: int, dtype: torch.dtype) -> bool:
@@ -44,6 +50,19 @@ def split_weight(n: int, channels: int, num_logits: int, dtype: torch.dtype) -> 
         N=n,
         INTERLEAVED=interleaves(n, dtype),
         BLOCK=ELEMENTS,
+        num_warps=4,
+    )
+
+
+@cache
+def split_wide(n: int, channels: int, num_logits: int) -> Launch:
+    return Launch(
+        forward.split_wide,
+        C=channels,
+        N=n,
+        M=num_logits,
+        MP=padded(num_logits, 16),
+        BC=SPLIT_CHANNELS,
         num_warps=4,
     )
 
@@ -99,6 +118,78 @@ def mix_fwd(
 
 
 @cache
+def project_fwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    has_post: bool,
+    has_bias: bool,
+    single_pass: bool,
+) -> Launch:
+    head, tail = logit_groups(num_logits)
+    return Launch(
+        wide_forward.project_fwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        HEAD=head,
+        TAIL=tail,
+        ROWS=project_rows(n, num_logits),
+        PARTS=parts_of(dtype),
+        PRECISION=precision_of(dtype),
+        HAS_POST=has_post,
+        HAS_BIAS=has_bias,
+        SINGLE_PASS=single_pass,
+        INTERLEAVED=interleaves(n, dtype),
+        SPAN=tile.span or channels,
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+def project_rows(n: int, num_logits: int) -> int:
+    """Rows of a program's sums, which are those of its coefficients at first."""
+    return max(num_logits + 1, n * (n + 2))
+
+
+@cache
+def read_fwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    options: MappingOptions,
+    tile: Tile,
+    project: Tile,
+    single_pass: bool,
+    has_norm: bool,
+) -> Launch:
+    return Launch(
+        wide_forward.read_fwd,
+        C=channels,
+        N=n,
+        NP=padded(n, 2),
+        NN=padded(n * n, 2),
+        M=num_logits,
+        MP=padded(num_logits, 16),
+        ROWS=project_rows(n, num_logits),
+        PROJECTION=options.projection,
+        ITERATIONS=options.iterations,
+        SINGLE_PASS=single_pass,
+        HAS_NORM=has_norm,
+        SPLITS=project.splits(channels),
+        TILE=project.tokens,
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
 def mix_bwd(
     n: int,
     channels: int,
@@ -143,8 +234,6 @@ def streams_bwd(
     has_pre: bool,
     has_bias: bool,
     single_pass: bool,
-    first: int,
-    stop: int,
 ) -> Launch:
     return Launch(
         streams_backward_kernel.streams_bwd,
@@ -159,13 +248,47 @@ def streams_bwd(
         HAS_BIAS=has_bias,
         SINGLE_PASS=single_pass,
         INTERLEAVED=interleaves(n, dtype),
-        FIRST=first,
-        STOP=stop,
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+    )
+
+
+@cache
+def wide_streams_bwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    terms: int,
+    has_grad_y: bool,
+    has_pre: bool,
+    has_bias: bool,
+    single_pass: bool,
+) -> Launch:
+    terms = terms if parts_of(dtype) == 2 else 1
+    return Launch(
+        wide_backward_kernel.wide_streams_bwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        TERMS=terms,
+        DEPTH=padded(terms * num_logits, 16),
+        PRECISION=precision_of(dtype),
+        HAS_GRAD_Y=has_grad_y,
+        HAS_PRE=has_pre,
+        HAS_BIAS=has_bias,
+        SINGLE_PASS=single_pass,
+        INTERLEAVED=interleaves(n, dtype),
+        SPAN=tile.span or channels,
+        BT=tile.tokens,
+        BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
@@ -220,6 +343,27 @@ def weight_bwd(width: int, num_logits: int, dtype: torch.dtype, tile: Tile, spli
 
 
 @cache
+def wide_weight_bwd(
+    width: int, num_logits: int, dtype: torch.dtype, tile: Tile, split: int
+) -> Launch:
+    head, tail = logit_groups(num_logits)
+    return Launch(
+        wide_backward_kernel.wide_weight_bwd,
+        K=width,
+        M=num_logits,
+        HEAD=head,
+        TAIL=tail,
+        PARTS=parts_of(dtype),
+        PRECISION=precision_of(dtype),
+        SPLIT=split,
+        BT=tile.tokens,
+        BK=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
 def reduce_partials(
     n: int, channels: int, num_logits: int, splits: int, accumulate: bool, has_norm: bool
 ) -> Launch:
@@ -232,9 +376,21 @@ def reduce_partials(
         M=num_logits,
         ROWS=padded(max(n, num_logits - 2 * n), 2),
         BLOCK=ELEMENTS,
-        COLUMNS=256,
+        COLUMNS=256 if n <= WIDE else 64,
         NORM_PROGRAMS=blocks(channels, NORM_COLUMNS) if has_norm else 0,
         NORM_COLUMNS=NORM_COLUMNS,
         ACCUMULATE=accumulate,
+        num_warps=4,
+    )
+
+
+@cache
+def add_splits(rows: int, tile: Tile, splits: int) -> Launch:
+    return Launch(
+        wide_backward_kernel.add_splits,
+        ROWS=rows,
+        SPLITS=splits,
+        BT=tile.tokens,
+        BLOCK=ELEMENTS,
         num_warps=4,
     )

@@ -32,15 +32,20 @@ class Launch:
     Args:
         kernel: its parameters are tensors (or None), then numbers, then ``constexpr`` ones.
         num_warps: of a program.
+        num_stages: of its loops that name none; None for Triton's default.
         constants: the ``constexpr`` parameters, in the kernel's order.
     """
 
-    def __init__(self, kernel: Any, *, num_warps: int, **constants: Any) -> None:
+    def __init__(
+        self, kernel: Any, *, num_warps: int, num_stages: int | None = None, **constants: Any
+    ) -> None:
         names = kernel.arg_names[-len(constants) :]
         if names != list(constants):
             raise TypeError(f"{kernel.__name__}: constants {list(constants)}, not {names}")
         self.kernel = kernel
-        self.num_warps = num_warps
+        self.options = {"num_warps": num_warps}
+        if num_stages is not None:
+            self.options["num_stages"] = num_stages
         self.constants = constants
         self._interpreted = isinstance(kernel, InterpretedFunction)
         self.values = tuple(constants.values())
@@ -83,7 +88,7 @@ class Launch:
         self, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[float]
     ) -> Any:
         """The compiled kernel; None where there is none, as of a hook that compiles nothing."""
-        return self.kernel[grid](*tensors, *numbers, num_warps=self.num_warps, **self.constants)
+        return self.kernel[grid](*tensors, *numbers, **self.options, **self.constants)
 
 
 class Part(NamedTuple):

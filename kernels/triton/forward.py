@@ -46,6 +46,124 @@ def split_weight(
 
 
 @triton.jit
+def split_wide(
+    weight_ptr,
+    split_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """``split_weight`` for many streams: [K, 2 M], each channel's n rows side by side.
+
+    A chunk of channels of all streams is then one piece of memory. BC channels of one stream.
+    """
+    stream = tl.program_id(0) % N
+    channels = tl.program_id(0) // N * BC + tl.arange(0, BC)[None, :]
+    rows = tl.arange(0, MP)[:, None]
+    mask = (rows < M) & (channels < C)
+    weight = tl.load(weight_ptr + rows * (N * C) + stream * C + channels, mask=mask, other=0.0)
+    high = weight.to(tl.bfloat16)
+    pointers = split_ptr + (channels * N + stream) * (2 * M) + rows
+    tl.store(pointers, high, mask=mask)
+    tl.store(pointers + M, (weight - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def write_read(
+    raw,
+    inverse_rms,
+    alpha_pre_ptr,
+    alpha_post_ptr,
+    alpha_res_ptr,
+    bias_ptr,
+    matrices_ptr,
+    y_ptr,
+    rows,
+    u_ptr,
+    branch_rows,
+    raw_ptr,
+    next_packed_ptr,
+    norm_weight_ptr,
+    norm_inverse_rms_ptr,
+    tokens,
+    live,
+    T,
+    eps,
+    norm_eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    NN: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """From ``vec(x) phi``, [MP, BT], and 1/RMS: raw, the mappings, and unless SINGLE_PASS u.
+
+    ``rows``, ``branch_rows``: [BT, 1], places of each token's streams and of its u.
+    """
+    # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
+    raw *= inverse_rms[None, :]
+    logit_rows = tl.arange(0, MP)[:, None]
+    raw_mask = (logit_rows < M) & live[None, :]
+    tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
+    # Other threads than wrote them read raw, and below y.
+    tl.debug_barrier()
+    pre = write_mappings(
+        raw_ptr,
+        alpha_pre_ptr,
+        alpha_post_ptr,
+        alpha_res_ptr,
+        bias_ptr,
+        matrices_ptr,
+        next_packed_ptr,
+        tokens,
+        T,
+        eps,
+        N,
+        NP,
+        NN,
+        M,
+        PROJECTION,
+        ITERATIONS,
+    )
+    if not SINGLE_PASS:
+        read = ()
+        for i in tl.static_range(N):
+            read = read + (column(pre, i, NP),)
+        y_rows = y_ptr + rows
+        # From the last chunk to the first: what was written last is still in L2.
+        CHUNKS: tl.constexpr = (C + BC - 1) // BC
+        if HAS_NORM:
+            u_squares = tl.zeros([BT, BC], tl.float32)
+        for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
+            c = (CHUNKS - 1 - chunk) * BC
+            mask = channel_mask(live, c, C, BC)
+            y_tiles = load_streams(y_rows, c, mask, N, C, BC, "evict_first")
+            # u = sum_i H_pre[i] x[i]
+            u = pre_mix(y_tiles, read, N)
+            u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
+            stored = u.to(u_ptr.dtype.element_ty)
+            tl.store(u_pointers, stored, mask=mask)
+            if HAS_NORM:
+                wide = stored.to(tl.float32)
+                u_squares += wide * wide
+        if HAS_NORM:
+            # v = w u / sqrt(mean(u^2) + eps), in u's place
+            norm_inverse_rms = tl.rsqrt(tl.sum(u_squares, axis=1) / C + norm_eps)
+            tl.store(norm_inverse_rms_ptr + tokens, norm_inverse_rms, mask=live)
+            normalise(u_ptr + branch_rows, norm_weight_ptr, norm_inverse_rms, live, C, BC, STAGES)
+
+
+@triton.jit
 def mix_fwd(
     x_ptr,
     branch_ptr,
@@ -154,60 +272,44 @@ def mix_fwd(
             u_pointers = u_ptr + branch_rows + channels[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
 
-    # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
     inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / K + rms_eps)
     tl.store(raw_ptr + M * T + tokens, inverse_rms, mask=live)
     raw = tl.sum(tl.reshape(projected, [PARTS, MP, BT]), axis=0)
-    raw *= inverse_rms[None, :]
-    logit_rows = tl.arange(0, MP)[:, None]
-    raw_mask = (logit_rows < M) & live[None, :]
-    tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
-    # Other threads than wrote them read raw, and below y.
-    tl.debug_barrier()
-    pre = write_mappings(
-        raw_ptr,
+    write_read(
+        raw,
+        inverse_rms,
         alpha_pre_ptr,
         alpha_post_ptr,
         alpha_res_ptr,
         bias_ptr,
         matrices_ptr,
+        y_ptr if HAS_POST else x_ptr,
+        rows,
+        u_ptr,
+        branch_rows,
+        raw_ptr,
         next_packed_ptr,
+        norm_weight_ptr,
+        norm_inverse_rms_ptr,
         tokens,
+        live,
         T,
         eps,
+        norm_eps,
+        C,
         N,
         NP,
         NN,
         M,
+        MP,
         PROJECTION,
         ITERATIONS,
+        SINGLE_PASS,
+        HAS_NORM,
+        BT,
+        BC,
+        STAGES,
     )
-    if not SINGLE_PASS:
-        read = ()
-        for i in tl.static_range(N):
-            read = read + (column(pre, i, NP),)
-        y_rows = (y_ptr if HAS_POST else x_ptr) + rows
-        # From the last chunk to the first: what was written last is still in L2.
-        CHUNKS: tl.constexpr = (C + BC - 1) // BC
-        if HAS_NORM:
-            u_squares = tl.zeros([BT, BC], tl.float32)
-        for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-            c = (CHUNKS - 1 - chunk) * BC
-            mask = channel_mask(live, c, C, BC)
-            y_tiles = load_streams(y_rows, c, mask, N, C, BC, "evict_first")
-            # u = sum_i H_pre[i] x[i]
-            u = pre_mix(y_tiles, read, N)
-            u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
-            stored = u.to(u_ptr.dtype.element_ty)
-            tl.store(u_pointers, stored, mask=mask)
-            if HAS_NORM:
-                wide = stored.to(tl.float32)
-                u_squares += wide * wide
-        if HAS_NORM:
-            # v = w u / sqrt(mean(u^2) + eps), in u's place
-            norm_inverse_rms = tl.rsqrt(tl.sum(u_squares, axis=1) / C + norm_eps)
-            tl.store(norm_inverse_rms_ptr + tokens, norm_inverse_rms, mask=live)
-            normalise(u_ptr + branch_rows, norm_weight_ptr, norm_inverse_rms, live, C, BC, STAGES)
 
 
 @triton.jit

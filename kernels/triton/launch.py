@@ -22,11 +22,13 @@ REBUILT_TOGETHER = 8
 
 
 def factor_weight(plan: Plan, stream: int | None, weight: Tensor) -> Tensor:
-    """phi as the products with the streams take it, forward and backward: [PARTS, M, K]."""
+    """phi as the products with the streams take it, forward and backward: [PARTS, M, K].
+
+    Of many bfloat16 streams [K, 2 M].
+    """
     if plan.parts == 1:
         return weight
-    rows, width = weight.shape
-    split = torch.empty(2, rows, width, dtype=plan.factor_dtype, device=plan.device)
+    split = torch.empty(plan.shape_of_factors, dtype=plan.factor_dtype, device=plan.device)
     plan.split_weight(stream, weight, split)
     return split
 
@@ -70,27 +72,17 @@ def mix(
     inverse_rms = None
     if norm_weight is not None:
         inverse_rms = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    if num_tokens:
-        _, alpha_pre, alpha_post, alpha_res, bias = parameters
-        plan.mix_fwd(
-            stream,
-            streams,
-            branch,
-            branch_bias,
-            packed,
-            factors,
-            alpha_pre,
-            alpha_post,
-            alpha_res,
-            bias,
-            plan.matrices,
-            new_streams,
-            u,
-            raw,
-            new_packed,
-            norm_weight,
-            inverse_rms,
-        )
+    if not num_tokens:
+        return new_streams, u, raw, new_packed, inverse_rms
+    _, *mappings = parameters
+    results = u, raw, new_packed, norm_weight, inverse_rms
+    operands = streams, branch, branch_bias, packed, factors
+    if plan.wide:
+        sums = torch.empty(plan.project_sums, dtype=torch.float32, device=device)
+        plan.project_fwd(stream, *operands, new_streams, u, sums)
+        plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)
+    else:
+        plan.mix_fwd(stream, *operands, *mappings, plan.matrices, new_streams, *results)
     return new_streams, u, raw, new_packed, inverse_rms
 
 

@@ -19,8 +19,9 @@ from mhc_megatron.kernels.triton.norm import (
 from mhc_megatron.kernels.triton.residual import (
     block_of,
     entries_of,
+    first_iteration_bwd,
+    later_iterations_bwd,
     load_permutation,
-    sinkhorn_bwd,
 )
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
@@ -152,8 +153,9 @@ def matrix_bwd(
         V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
         LEVELS: tl.constexpr = NN.bit_length() - 1
         logits = gate(raw, alpha, load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
-        grads = sinkhorn_bwd(
-            entries_of(logits, N * N, LEVELS),
+        entries = entries_of(logits, N * N, LEVELS)
+        grads = later_iterations_bwd(
+            entries,
             entries_of(grad, N * N, LEVELS),
             eps,
             history_ptr,
@@ -164,6 +166,12 @@ def matrix_bwd(
             ITERATIONS,
             V4,
         )
+        if N > 4:
+            # Many logits are loaded again: a thread cannot keep them through the iterations.
+            raw = load_block(raw_ptr, 2 * N, tokens, T, N * N, NN)
+            logits = gate(raw, alpha, load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
+            entries = entries_of(logits, N * N, LEVELS)
+        grads = first_iteration_bwd(entries, grads, eps, N, V4)
         grad = block_of(grads, N * N, LEVELS)
     return write_gradients(
         grad,

@@ -16,10 +16,6 @@ from mhc_megatron.kernels.triton.arguments import INTERPRETED, blocks, matrices_
 from mhc_megatron.kernels.triton.compiled import Part, Prepared, current_stream
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 
-# New streams whose sums over channels one launch of streams_bwd makes: n + 1 numbers of a token for
-# each. Those of eight need more registers than there are, so it is launched twice.
-SUMMED_TOGETHER = 4
-
 # Bytes; Triton compiles for pointers to multiples of 16, and CUDA's allocator has multiples of 512.
 _ALIGNMENT = 512
 
@@ -111,6 +107,7 @@ class Plan:
         dtype, device: of the streams.
         call: what else the plan is of; ``accumulates``, ``single_pass`` of it.
         rows: of the mappings, n * (n + 2).
+        wide: of more streams than the kernels take whose programs have all channels of a token.
         factor_dtype: of phi's parts and of the gradient of the logits.
     """
 
@@ -121,7 +118,7 @@ class Plan:
         self.num_logits = 0 if call.options is None else call.options.num_logits(n)
         self.dtype, self.device = call.dtype, call.device
         self.accumulates = call.accumulates
-        self.single_pass, self.rows = call.single_pass, n * (n + 2)
+        self.single_pass, self.rows, self.wide = call.single_pass, n * (n + 2), n > bound.WIDE
         self.parts = parts_of(call.dtype)
         self.factor_dtype = torch.bfloat16 if self.parts == 2 else torch.float32
         branch, bias, norm = call.operand_dtypes
@@ -149,8 +146,18 @@ class Plan:
 
     @cached_property
     def split_weight(self) -> Prepared:
-        kernel = bound.split_weight(self.num_streams, self.channels, self.num_logits, self.dtype)
+        n, channels, rows = self.num_streams, self.channels, self.num_logits
+        if self.wide:
+            grid = (n * blocks(channels, bound.SPLIT_CHANNELS),)
+            return Prepared(bound.split_wide(n, channels, rows), grid)
+        kernel = bound.split_weight(n, channels, rows, self.dtype)
         return Prepared(kernel, (blocks(self.num_weights, bound.ELEMENTS),))
+
+    @cached_property
+    def shape_of_factors(self) -> tuple[int, ...]:
+        """Of phi's parts: [2, M, K], of many streams [K, 2 M]."""
+        width = self.num_streams * self.channels
+        return (width, 2 * self.num_logits) if self.wide else (2, self.num_logits, width)
 
     @cached_property
     def post_fwd(self) -> Prepared:
@@ -174,9 +181,60 @@ class Plan:
             self.single_pass,
             self.has_norm,
         )
+        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), self._numbers)
+
+    @property
+    def _numbers(self) -> tuple[float, ...]:
+        """Of ``mix_fwd`` and ``read_fwd``."""
         norm_eps = self.call.norm_eps if self.has_norm else 0.0
-        numbers = (self.num_tokens, options.rms_eps, options.eps, norm_eps)
-        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
+        return self.num_tokens, self._options.rms_eps, self._options.eps, norm_eps
+
+    @cached_property
+    def project_fwd(self) -> Prepared:
+        """Of many streams, with ``read_fwd`` in the place of ``mix_fwd``."""
+        tile = self._project_tile
+        kernel = bound.project_fwd(
+            self.num_streams,
+            self.channels,
+            self.num_logits,
+            self.dtype,
+            tile,
+            self.has_branch,
+            self.has_bias,
+            self.single_pass,
+        )
+        return Prepared(kernel, (self._programs(tile),), (self.num_tokens,))
+
+    @cached_property
+    def read_fwd(self) -> Prepared:
+        tile = self.call.tiles.mix
+        kernel = bound.read_fwd(
+            self.num_streams,
+            self.channels,
+            self.num_logits,
+            self._options,
+            tile,
+            self._project_tile,
+            self.single_pass,
+            self.has_norm,
+        )
+        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), self._numbers)
+
+    @property
+    def _project_tile(self) -> Tile:
+        assert self.call.tiles.project is not None
+        return self.call.tiles.project
+
+    @cached_property
+    def project_sums(self) -> int:
+        """float32 numbers that ``project_fwd`` leaves to ``read_fwd``."""
+        tile = self._project_tile
+        rows = bound.project_rows(self.num_streams, self.num_logits)
+        return self._programs(tile) * rows * tile.tokens
+
+    def _programs(self, tile: Tile) -> int:
+        """Of a kernel whose programs share a token's channels."""
+        return blocks(self.num_tokens, tile.tokens) * tile.splits(self.channels)
 
     @cached_property
     def mix_bwd(self) -> tuple[Prepared, Prepared]:
@@ -262,45 +320,57 @@ class Plan:
         return self._options.projection in ("sinkhorn", "sinkhorn_v4")
 
     @cached_property
-    def streams_bwd(self) -> tuple[tuple[Prepared, ...], tuple[Prepared, ...]]:
-        """Without a gradient of the new streams, and with; one after the other."""
-        tiles, n = self.call.tiles, self.num_streams
-        tile = tiles.streams_backward if self.num_logits else tiles.post_backward
-        read = {}
+    def streams_bwd(self) -> tuple[Prepared, Prepared]:
+        """Without a gradient of the new streams, and with."""
+        tile, read = self._streams_tile, {}
         if self.num_logits:
             read = self._parts(projected_ptr="projected", radial_ptr="radial")
+        bind = bound.wide_streams_bwd if self.wide else bound.streams_bwd
         without, given = (
-            tuple(
-                Prepared(
-                    bound.streams_bwd(
-                        n,
-                        self.channels,
-                        self.num_logits or 1,
-                        self.dtype,
-                        tile,
-                        tiles.product_terms,
-                        has_grad_y,
-                        self.num_logits > 0,
-                        self.has_bias,
-                        self.single_pass,
-                        first,
-                        min(first + SUMMED_TOGETHER, n),
-                    ),
-                    (blocks(self.num_tokens, tile.tokens),),
-                    (self.num_tokens,),
-                    read,
-                )
-                for first in range(0, n, SUMMED_TOGETHER)
+            Prepared(
+                bind(
+                    self.num_streams,
+                    self.channels,
+                    self.num_logits or 1,
+                    self.dtype,
+                    tile,
+                    self.call.tiles.product_terms,
+                    has_grad_y,
+                    self.num_logits > 0,
+                    self.has_bias,
+                    self.single_pass,
+                ),
+                (self._programs(tile),),
+                (self.num_tokens,),
+                read,
             )
             for has_grad_y in (False, True)
         )
         return without, given
 
+    @property
+    def _streams_tile(self) -> Tile:
+        tiles = self.call.tiles
+        return tiles.streams_backward if self.num_logits else tiles.post_backward
+
+    @cached_property
+    def streams_sums(self) -> int:
+        """float32 numbers that ``wide_streams_bwd`` leaves to ``add_splits``."""
+        return self._programs(self._streams_tile) * self.rows * self._streams_tile.tokens
+
+    @cached_property
+    def add_splits(self) -> Prepared:
+        tile = self._streams_tile
+        kernel = bound.add_splits(self.rows, tile, tile.splits(self.channels))
+        grid = (blocks(self.num_tokens, bound.ELEMENTS), self.rows)
+        return Prepared(kernel, grid, (self.num_tokens,))
+
     @cached_property
     def weight_bwd(self) -> Prepared:
         tile, split = self.call.tiles.weight_backward, self.call.tiles.weight_split
         width = self.num_streams * self.channels
-        kernel = bound.weight_bwd(width, self.num_logits, self.dtype, tile, split)
+        bind = bound.wide_weight_bwd if self.wide else bound.weight_bwd
+        kernel = bind(width, self.num_logits, self.dtype, tile, split)
         grid = (blocks(width, tile.channels), self.splits)
         parts = self._parts(projected_ptr="projected", partial_ptr="weight_sums")
         return Prepared(kernel, grid, (self.num_tokens,), parts)

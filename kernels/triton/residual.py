@@ -233,7 +233,7 @@ def load_divisors(history_ptr, step, tokens, live, T, N: tl.constexpr):
 
 
 @triton.jit
-def sinkhorn_bwd(
+def later_iterations_bwd(
     logits,
     grad,
     eps,
@@ -245,7 +245,7 @@ def sinkhorn_bwd(
     ITERATIONS: tl.constexpr,
     V4: tl.constexpr,
 ):
-    """The gradient of the logits: the unrolled iterations, walked back through.
+    """The gradient of the first iteration's result: the others, walked back through.
 
     A normalisation ``m' = m / d`` with ``d = sum(m) + eps`` has the gradient
     ``(grad' - sum(grad' m')) / d``, and ``m = m' d`` is had again from the divisors alone.
@@ -271,6 +271,12 @@ def sinkhorn_bwd(
             grad = scale_columns(grad, inverses(columns, N), N)
             res = scale_columns(res, columns, N)
             rows, columns = next_rows, next_columns
+    return grad
+
+
+@triton.jit
+def first_iteration_bwd(logits, grad, eps, N: tl.constexpr, V4: tl.constexpr):
+    """The gradient of the logits from that of the first iteration's result."""
     log_columns = log_column_softmax(logits, N)
     res, divisors = first_iteration(log_columns, eps, N, V4)
     grad = subtract_rows(grad, row_sums(product(grad, res, N), N), N)

@@ -11,7 +11,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_coefficients,
     load_streams,
     load_weight,
-    post_mix_row,
+    post_mix_stream,
     separate,
     token_rows,
     zero_sums,
@@ -89,8 +89,6 @@ def streams_bwd(
     HAS_BIAS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FIRST: tl.constexpr,
-    STOP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -100,15 +98,7 @@ def streams_bwd(
 
     The new streams y are built again from x and the branch, rounded as in the forward pass.
     SINGLE_PASS took H_pre from ``packed``; its gradient goes there. INTERLEAVED as in ``mix_fwd``.
-    The sums over channels, for the gradients of ``packed``, are those of the new streams FIRST to
-    STOP: of all of them they may need more registers than there are. Only with FIRST = 0 are the
-    gradients of streams and branch written.
     """
-    WRITES: tl.constexpr = FIRST == 0
-    # Of many streams, coefficients are loaded where they are used.
-    RELOADS: tl.constexpr = N > 4
-    SUMS: tl.constexpr = STOP - FIRST
-    LAST: tl.constexpr = N if WRITES else STOP
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
     K: tl.constexpr = N * C
@@ -121,16 +111,14 @@ def streams_bwd(
         grad_y_ptr += first * K
     branch_ptr += first * C
     grad_branch_ptr += first * C
-    if not RELOADS:
-        post = load_coefficients(packed_ptr, N, tokens, live, T, N)
-        res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
-    post_sums = zero_sums(SUMS, BT, BC // VECTOR)
-    res_sums = zero_sums(SUMS * N, BT, BC // VECTOR)
+    post = load_coefficients(packed_ptr, N, tokens, live, T, N)
+    res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
+    post_sums = zero_sums(N, BT, BC // VECTOR)
+    res_sums = zero_sums(N * N, BT, BC // VECTOR)
     if HAS_PRE:
         grad_u_ptr += first * C
         read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
-        if not RELOADS:
-            read = load_coefficients(read_ptr, 0, tokens, live, T, N)
+        read = load_coefficients(read_ptr, 0, tokens, live, T, N)
         radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
         high = load_projected(projected_ptr, 0, tokens, live, T, M, MP)
         low = high
@@ -138,7 +126,7 @@ def streams_bwd(
             low = load_projected(projected_ptr, 1, tokens, live, T, M, MP)
         weight_rows = weight_ptr + tl.arange(0, MP)[:, None] * K
     if SINGLE_PASS:
-        read_sums = zero_sums(SUMS, BT, BC // VECTOR)
+        read_sums = zero_sums(N, BT, BC // VECTOR)
 
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
@@ -169,27 +157,17 @@ def streams_bwd(
         next_res_sums = ()
         if SINGLE_PASS:
             next_read_sums = ()
-        for o in tl.static_range(FIRST, LAST):
-            if RELOADS:
-                post_o = load_coefficients(packed_ptr, N + o, tokens, live, T, 1)[0]
-                res_o = load_coefficients(packed_ptr, (2 + o) * N, tokens, live, T, N)
-                if HAS_PRE:
-                    read_o = load_coefficients(read_ptr, o, tokens, live, T, 1)[0]
-            else:
-                post_o = post[o]
-                res_o = res[o * N : (o + 1) * N]
-                if HAS_PRE:
-                    read_o = read[o]
+        for o in tl.static_range(N):
             grad = tl.zeros([BT, BC], tl.float32)
             if HAS_GRAD_Y:
                 grad_y_pointers = grad_y_ptr + rows + (o * C + c + columns)[None, :]
                 grad = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
             if HAS_PRE:
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-                y = post_mix_row(x, branch, post_o, res_o, N)
+                y = post_mix_stream(x, branch, post, res, o, N)
                 y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
-                grad += radial[:, None] * y + read_o[:, None] * grad_u
+                grad += radial[:, None] * y + read[o][:, None] * grad_u
                 if INTERLEAVED:
                     grad += products[o]
                 else:
@@ -207,38 +185,35 @@ def streams_bwd(
                         TERMS,
                         PRECISION,
                     )
-                if SINGLE_PASS and o < STOP:
-                    read_sum = read_sums[o - FIRST] + lane_sums(grad_u * y, BT, BC, VECTOR)
+                if SINGLE_PASS:
+                    read_sum = read_sums[o] + lane_sums(grad_u * y, BT, BC, VECTOR)
                     next_read_sums = next_read_sums + (read_sum,)
             # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-            if o < STOP:
-                post_sum = post_sums[o - FIRST] + lane_sums(grad * branch, BT, BC, VECTOR)
-                next_post_sums = next_post_sums + (post_sum,)
-                for i in tl.static_range(N):
-                    res_sum = res_sums[(o - FIRST) * N + i]
-                    res_sum += lane_sums(grad * x[i], BT, BC, VECTOR)
-                    next_res_sums = next_res_sums + (res_sum,)
-            if WRITES:
-                grad_branch += post_o[:, None] * grad
-                mixed = ()
-                for i in tl.static_range(N):
-                    mixed = mixed + (grad_x[i] + res_o[i][:, None] * grad,)
-                grad_x = mixed
-        if WRITES:
+            post_sum = post_sums[o] + lane_sums(grad * branch, BT, BC, VECTOR)
+            next_post_sums = next_post_sums + (post_sum,)
             for i in tl.static_range(N):
-                pointers = grad_x_ptr + rows + (i * C + c + columns)[None, :]
-                tl.store(pointers, grad_x[i].to(grad_x_ptr.dtype.element_ty), mask=mask)
-            pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
-            tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
+                res_sum = res_sums[o * N + i]
+                res_sum += lane_sums(grad * x[i], BT, BC, VECTOR)
+                next_res_sums = next_res_sums + (res_sum,)
+            grad_branch += post[o][:, None] * grad
+            mixed = ()
+            for i in tl.static_range(N):
+                mixed = mixed + (grad_x[i] + res[o * N + i][:, None] * grad,)
+            grad_x = mixed
+        for i in tl.static_range(N):
+            pointers = grad_x_ptr + rows + (i * C + c + columns)[None, :]
+            tl.store(pointers, grad_x[i].to(grad_x_ptr.dtype.element_ty), mask=mask)
+        pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
+        tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
         post_sums = next_post_sums
         res_sums = next_res_sums
         if SINGLE_PASS:
             read_sums = next_read_sums
 
     if SINGLE_PASS:
-        store_sums(grad_packed_ptr, read_sums, FIRST, tokens, live, T, SUMS)
+        store_sums(grad_packed_ptr, read_sums, 0, tokens, live, T, N)
     else:
-        for row in tl.static_range(FIRST, STOP):
+        for row in tl.static_range(N):
             tl.store(grad_packed_ptr + row * T + tokens, tl.zeros([BT], tl.float32), mask=live)
-    store_sums(grad_packed_ptr, post_sums, N + FIRST, tokens, live, T, SUMS)
-    store_sums(grad_packed_ptr, res_sums, (2 + FIRST) * N, tokens, live, T, SUMS * N)
+    store_sums(grad_packed_ptr, post_sums, N, tokens, live, T, N)
+    store_sums(grad_packed_ptr, res_sums, 2 * N, tokens, live, T, N * N)

@@ -9,14 +9,26 @@ import triton.language as tl
 
 
 @triton.jit
-def token_rows(T, BT: tl.constexpr):
+def token_rows(T, BT: tl.constexpr, SPLITS: tl.constexpr = 1):
     """The program's first token, int64; indices of its tokens; which of them exist.
 
     The first goes into a scalar pointer, so that offsets within a tile are 32-bit and shared.
+    Neighbouring programs are the SPLITS of the same tokens' channels.
     """
-    first = tl.program_id(0).to(tl.int64) * BT
+    first = (tl.program_id(0) // SPLITS).to(tl.int64) * BT
     tokens = first + tl.arange(0, BT)
     return first, tokens, tokens < T
+
+
+@triton.jit
+def span_of(C: tl.constexpr, SPAN: tl.constexpr):
+    """The first of the program's channels, SPAN of C, and the one behind the last."""
+    if SPAN >= C:
+        start, stop = 0, C
+    else:
+        start = tl.program_id(0) % ((C + SPAN - 1) // SPAN) * SPAN
+        stop = tl.minimum(start + SPAN, C)
+    return start, stop
 
 
 @triton.jit
@@ -39,6 +51,45 @@ def load_coefficients(packed_ptr, first_row, tokens, live, T, ROWS: tl.constexpr
 
 
 @triton.jit
+def gather_coefficients(
+    block_ptr,
+    packed_ptr,
+    first_row: tl.constexpr,
+    tokens,
+    live,
+    T,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Copy ROWS rows of [rows, T] to the program's own block [rows, BT].
+
+    There a row's address is a constant from one base. In [rows, T] it is another 64-bit number for
+    each row, which the compiler keeps for a whole loop: of many streams, more than registers.
+    """
+    for row in tl.static_range(first_row, first_row + ROWS):
+        coefficients = tl.load(packed_ptr + row * T + tokens, mask=live, other=0.0)
+        tl.store(block_ptr + row * BT + tl.arange(0, BT), coefficients)
+
+
+@triton.jit
+def gathered(block_ptr, row: tl.constexpr, BT: tl.constexpr):
+    """A row that ``gather_coefficients`` copied, [BT]."""
+    return tl.load(block_ptr + row * BT + tl.arange(0, BT))
+
+
+@triton.jit
+def phi_pointers(
+    weight_ptr, rows, columns, M: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Of [parts * M, K], or TRANSPOSED [K, 2 M], where a chunk of channels is one piece."""
+    if TRANSPOSED:
+        pointers = weight_ptr + columns * (2 * M) + rows
+    else:
+        pointers = weight_ptr + columns + rows * K
+    return pointers
+
+
+@triton.jit
 def load_streams(
     row_ptrs, c, mask, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, EVICTION: tl.constexpr
 ):
@@ -56,12 +107,36 @@ def load_streams(
 
 
 @triton.jit
+def narrowed(streams, dtype: tl.constexpr, N: tl.constexpr):
+    narrow = ()
+    for i in tl.static_range(N):
+        narrow = narrow + (streams[i].to(dtype),)
+    return narrow
+
+
+@triton.jit
+def widened(streams, N: tl.constexpr):
+    """In float32."""
+    wide = ()
+    for i in tl.static_range(N):
+        wide = wide + (streams[i].to(tl.float32),)
+    return wide
+
+
+@triton.jit
 def load_branch(
     row_ptrs, bias_ptr, c, mask, HAS_BIAS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr
 ):
     """The branch's output with its bias, [BT, BC] in float32."""
     columns = c + tl.arange(0, BC)
-    branch = tl.load(row_ptrs + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    branch = tl.load(row_ptrs + columns[None, :], mask=mask, other=0.0)
+    return with_bias(branch, bias_ptr, columns, HAS_BIAS, C)
+
+
+@triton.jit
+def with_bias(branch, bias_ptr, columns, HAS_BIAS: tl.constexpr, C: tl.constexpr):
+    """A tile of the branch's output, with its bias in float32."""
+    branch = branch.to(tl.float32)
     if HAS_BIAS:
         branch += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     return branch

@@ -11,12 +11,22 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One kernel's tile: BT tokens by BC channels (powers of two), warps, and pipeline stages."""
+    """One kernel's tile: BT tokens by BC channels (powers of two), warps, and pipeline stages.
+
+    Attributes:
+        span: channels of a program, a multiple of the tile's; None for all. Only of kernels that
+            say so.
+    """
 
     tokens: int
     channels: int
     num_warps: int = 4
     num_stages: int = 3
+    span: int | None = None
+
+    def splits(self, channels: int) -> int:
+        """How many programs share the channels of a token."""
+        return 1 if self.span is None else -(-channels // self.span)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,9 @@ class Tiles:
     """The tiles of one hyper-connection's kernels.
 
     Attributes:
-        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16.
+        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16. Of more than four
+            streams ``read_fwd``, what follows ``project_fwd``.
+        project: ``project_fwd``, of more than four streams, with a ``span``; tokens at least 16.
         post: ``post_fwd``, post alone.
         rebuild: ``rebuild_fwd``, the states of a block without its branches.
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
@@ -32,7 +44,8 @@ class Tiles:
             and not n; None for ``mix_backward``.
         streams_backward: ``streams_bwd`` of ``post_pre``, the gradients of streams and branch;
             tokens at least 16.
-        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices.
+        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices. These two of
+            more than four streams ``wide_streams_bwd``, with a ``span``.
         pre_backward: ``pre_bwd``, the gradients of the streams and phi; tokens at least 16.
         pre_split: tokens per program of ``pre_bwd``, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
@@ -53,6 +66,7 @@ class Tiles:
     pre_backward: Tile
     weight_backward: Tile
     mix_backward_norm: Tile | None = None
+    project: Tile | None = None
     pre_split: int = 1024
     weight_split: int = 1024
     product_terms: int = 3
@@ -68,17 +82,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         dtype: the streams'.
     """
     if num_streams > 4:
-        # phi has M = 80 rows: more tokens per tile, or reading it costs more than the streams.
-        return Tiles(
-            mix=Tile(tokens=32, channels=32, num_warps=8, num_stages=1),
-            post=Tile(tokens=16, channels=64, num_stages=1),
-            rebuild=Tile(tokens=16, channels=64, num_stages=1),
-            mix_backward=Tile(tokens=16, channels=64),
-            streams_backward=Tile(tokens=16, channels=16, num_stages=1),
-            post_backward=Tile(tokens=16, channels=16, num_stages=1),
-            pre_backward=Tile(tokens=32, channels=64, num_warps=8, num_stages=2),
-            weight_backward=Tile(tokens=32, channels=64),
-        )
+        return _wide_tiles(dtype)
     if dtype != torch.bfloat16:
         # float32 products of the parts need more registers and shared memory.
         return Tiles(
@@ -116,5 +120,36 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         post_backward=Tile(tokens=4, channels=256, num_stages=1),
         pre_backward=Tile(tokens=32, channels=64, num_stages=4),
         weight_backward=Tile(tokens=64, channels=64),
+        weight_split=2048,
+    )
+
+
+def _wide_tiles(dtype: torch.dtype) -> Tiles:
+    """Of more than four streams: those that compile without spilling registers, not measured."""
+    if dtype != torch.bfloat16:
+        # As of fewer streams: products of float32 parts.
+        return Tiles(
+            mix=Tile(tokens=16, channels=32),
+            project=Tile(tokens=32, channels=16, num_stages=1, span=640),
+            post=Tile(tokens=16, channels=64, num_stages=1),
+            rebuild=Tile(tokens=16, channels=64, num_stages=1),
+            mix_backward=Tile(tokens=16, channels=32),
+            streams_backward=Tile(tokens=16, channels=16, num_stages=1, span=640),
+            post_backward=Tile(tokens=32, channels=16, num_stages=1, span=640),
+            pre_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=2),
+            weight_backward=Tile(tokens=32, channels=64),
+        )
+    # 64 tokens are the rows of a tensor core's product, 16 channels all that its sums leave room
+    # for: a program's threads hold 4 channels of a token each.
+    return Tiles(
+        mix=Tile(tokens=32, channels=64, num_warps=8),
+        project=Tile(tokens=128, channels=16, num_warps=8, num_stages=2, span=320),
+        post=Tile(tokens=16, channels=64, num_stages=1),
+        rebuild=Tile(tokens=16, channels=64, num_stages=1),
+        mix_backward=Tile(tokens=32, channels=64),
+        streams_backward=Tile(tokens=64, channels=16, num_warps=8, num_stages=2, span=640),
+        post_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=1, span=640),
+        pre_backward=Tile(tokens=32, channels=64, num_warps=8, num_stages=2),
+        weight_backward=Tile(tokens=64, channels=128, num_warps=8),
         weight_split=2048,
     )

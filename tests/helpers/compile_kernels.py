@@ -1,6 +1,7 @@
 """Compile the kernels that a training step launches, for Hopper, on a machine without a GPU.
 
     python tests/helpers/compile_kernels.py n=4 C=2560 dtype=bfloat16 projection=sinkhorn
+    python tests/helpers/compile_kernels.py n=8 operations=post_pre kernels=mix_bwd,read_fwd
 
 Launches with tensors of no storage are recorded and compiled instead of run; TRITON_INTERPRET must
 not be set. Prints registers, spills and shared memory of each kernel, and fails where one needs
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,8 +118,7 @@ def record_launches() -> dict[str, Recorder]:
         return recorders.setdefault(kernel.__name__, Recorder(kernel))
 
     def record(self: Launch, grid: tuple, tensors: tuple, numbers: tuple = ()) -> None:
-        options = {"num_warps": self.num_warps}
-        recorder(self.kernel).record((*tensors, *numbers), self.constants, options)
+        recorder(self.kernel).record((*tensors, *numbers), self.constants, self.options)
 
     Launch.__call__ = record  # type: ignore[method-assign]
     launch.rebuild_fwd = RecordedKernel(recorder(launch.rebuild_fwd))
@@ -144,8 +145,19 @@ def ends_of_a_model(n: int, channels: int, dtype: torch.dtype) -> None:
         )
 
 
-def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) -> None:
-    """Every launch of post, a rebuild, and of pre, post_pre and single_pass with their backward."""
+# Whether there is a branch, whether in a single pass, whether with a norm.
+OPERATIONS = {
+    "pre": (False, False, False),
+    "post_pre": (True, False, False),
+    "single_pass": (True, True, False),
+    "norm": (True, False, True),
+}
+
+
+def training_step(
+    n: int, channels: int, dtype: torch.dtype, projection: str, operations: Sequence[str]
+) -> None:
+    """Every launch of post, a rebuild, and of ``operations`` with their backward."""
     options = MappingOptions(projection=projection)
     tiles, num_logits, tokens = default_tiles(n, channels, dtype), options.num_logits(n), 4096
     streams, branch = meta(tokens, n, channels, dtype=dtype), meta(tokens, channels, dtype=dtype)
@@ -167,12 +179,9 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
     backward_launch.streams_backward(
         post_plan, None, None, streams, streams, branch, None, packed, *read_by_nobody
     )
-    for has_branch, single_pass, norm_weight in (
-        (False, False, None),
-        (True, False, None),
-        (True, True, None),
-        (True, False, meta(channels, dtype=dtype)),
-    ):
+    of_norm = meta(channels, dtype=dtype)
+    for has_branch, single_pass, has_norm in map(OPERATIONS.__getitem__, operations):
+        norm_weight = of_norm if has_norm else None
         post = (branch, None, packed) if has_branch else (None, None, None)
         plan = plan_of(
             streams,
@@ -195,14 +204,15 @@ def training_step(n: int, channels: int, dtype: torch.dtype, projection: str) ->
         for grad, wanted in ((streams, weight), (None, None)):
             backward_launch.pre_backward(plan, None, scratch, grad, streams, *read, wanted, None)
     into = meta(num_logits, n * channels)
-    for main_grad, of_norm in ((None, None), (into, None), (None, norm_weight)):
+    sums = [(None, None), (into, None), *([(None, of_norm)] if "norm" in operations else [])]
+    for main_grad, norm_weight in sums:
         accumulates = main_grad is not None
-        plan = plan_of(streams, branch, None, of_norm, options=options, accumulates=accumulates)
+        plan = plan_of(streams, branch, None, norm_weight, options=options, accumulates=accumulates)
         scratch = backward_launch.scratch_of(plan)
         grad = backward_launch.weight_backward(
             plan, None, scratch, new_streams, parameters.weight, main_grad
         )
-        backward_launch.parameter_backward(plan, None, scratch, grad, of_norm)
+        backward_launch.parameter_backward(plan, None, scratch, grad, norm_weight)
 
 
 def messages(n: int, channels: int, dtype: torch.dtype) -> None:
@@ -218,11 +228,13 @@ def main(arguments: list[str]) -> None:
     sizes = (int(given.get("n", "4")), int(given.get("C", "2560")))
     dtype = getattr(torch, given.get("dtype", "bfloat16"))
     recorders = record_launches()
-    training_step(*sizes, dtype, given.get("projection", "sinkhorn"))
+    operations = given.get("operations", ",".join(OPERATIONS)).split(",")
+    training_step(*sizes, dtype, given.get("projection", "sinkhorn"), operations)
     ends_of_a_model(*sizes, dtype)
     messages(*sizes, dtype)
     for recorder in recorders.values():
-        if given.get("kernel", recorder.kernel.__name__) != recorder.kernel.__name__:
+        name = recorder.kernel.__name__
+        if name not in given.get("kernels", name).split(","):
             continue
         seen = []
         for values, options in recorder.launches:

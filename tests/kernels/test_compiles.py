@@ -8,13 +8,19 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
 
 
-def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+def compiled_kernels(folder: Path, *arguments: str) -> list[str]:
+    """The script's lines, a kernel each."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(SCRIPT), "n=4", "C=1280"]
+    command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> None:
+    lines = compiled_kernels(tmp_path, "n=4", "C=1280")
+    compiled = [line.partition(":")[0] for line in lines]
     # post, pre, post_pre and single_pass are variants of three of the kernels, and a norm of three.
     variants = {"reduce_partials": 3, "mix_fwd": 4, "mix_bwd": 3, "streams_bwd": 3, "pre_bwd": 2}
     # With and without a divisor, with and without parameters that train.
@@ -26,3 +32,14 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
     assert {name: compiled.count(name) for name in names} == {
         name: variants.get(name, 1) for name in names
     }
+
+
+def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
+    """Of a boundary: what ``post_pre`` launches, and ``post`` alone in the backward."""
+    variants = {"split_wide": 1, "project_fwd": 1, "read_fwd": 1, "mix_bwd": 1}
+    variants |= {"wide_weight_bwd": 1, "reduce_partials": 2, "wide_streams_bwd": 2, "add_splits": 2}
+    selection = f"kernels={','.join(variants)}"
+    lines = compiled_kernels(tmp_path, "n=8", "C=2560", "operations=post_pre", selection)
+    compiled = [line.partition(":")[0] for line in lines]
+    assert {name: compiled.count(name) for name in variants} == variants
+    assert [line for line in lines if "stack 0," not in line] == []

@@ -30,6 +30,8 @@ KERNELS = str(Path(kernels.__file__).parent)
 MOST_CALLS = {"post_pre": 120, "single_pass": 120, "pre": 98, "post": 52}
 FORWARD = ["split_weight", "mix_fwd"]
 BACKWARD = ["mix_bwd", "weight_bwd", "reduce_partials", "streams_bwd"]
+WIDE_FORWARD = ["split_wide", "project_fwd", "read_fwd"]
+WIDE_BACKWARD = ["mix_bwd", "wide_weight_bwd", "reduce_partials", "wide_streams_bwd", "add_splits"]
 
 
 class Operations(TorchDispatchMode):
@@ -107,8 +109,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 class Repeated:
     """A call and its backward, on the CPU, where all of it is on one thread."""
 
-    def __init__(self, operation: str, *, norm: bool = False) -> None:
-        self.case = Case(operation=operation, dtype=torch.bfloat16, norm=norm)
+    def __init__(self, operation: str, *, norm: bool = False, n: int = 4) -> None:
+        self.case = Case(operation=operation, n=n, dtype=torch.bfloat16, norm=norm)
         leaves = operands(self.case, torch.device("cpu"))
         self.leaves = {
             name: leaf.requires_grad_()
@@ -156,23 +158,30 @@ def counted(launches: list[str], call: Callable[[], Any]) -> tuple[list[str], di
     return list(launches), dict(operations.counts), returned
 
 
+@pytest.mark.parametrize("n", [4, 8])
 @pytest.mark.parametrize(
     ("operation", "norm"), [("post_pre", False), ("single_pass", False), ("post_pre", True)]
 )
 def test_a_boundary_launches_six_kernels_and_allocates_eleven_times(
-    operation: str, norm: bool, launches: list[str]
+    operation: str, norm: bool, n: int, launches: list[str]
 ) -> None:
-    """And three times more with a norm, for which there is no other operation."""
-    repeated = Repeated(operation, norm=norm)
+    """And three times more with a norm, for which there is no other operation.
+
+    Of eight streams two more of either: sums that programs share, and their addition.
+    """
+    repeated, wide = Repeated(operation, norm=norm, n=n), n == 8
     kernels, operations, outputs = counted(launches, repeated.forward)
-    assert kernels == FORWARD
+    assert kernels == (WIDE_FORWARD if wide else FORWARD)
     # phi in two parts, the streams, u, the raw logits and the mappings; the norm's 1/RMS.
-    assert operations == {"allocations": 5 + norm}
+    assert operations == {"allocations": 5 + norm + wide}
     kernels, operations, _ = counted(launches, lambda: repeated.backward(outputs))
-    assert kernels == BACKWARD
+    assert kernels == (WIDE_BACKWARD if wide else BACKWARD)
     # Of phi, streams, branch, mappings, and of the small parameters together; and what the kernels
     # leave to each other. Of the norm's input and weight.
-    assert operations == {"allocations": 6 + 2 * norm, "aten.split_with_sizes.default": 1}
+    assert operations == {
+        "allocations": 6 + 2 * norm + wide,
+        "aten.split_with_sizes.default": 1,
+    }
 
 
 @pytest.mark.parametrize("operation", MOST_CALLS)

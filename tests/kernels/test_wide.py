@@ -1,0 +1,90 @@
+"""Many streams, whose kernels take a token's channels apart: splits, tails, and cuts of a model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.fused import (
+    OPERATIONS,
+    Case,
+    compare,
+    operands,
+    random_gradients,
+    run_kernels,
+    run_reference,
+    with_gradients,
+)
+
+from mhc_megatron.kernels.triton.arguments import logit_groups
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
+
+
+def small_tiles(case: Case, span: int) -> Tiles:
+    """Programs of few tokens, and of ``span`` channels where they share a token's."""
+    tile = Tile(tokens=16, channels=16, num_stages=1, span=span)
+    tiles = default_tiles(case.n, case.channels, case.dtype)
+    return replace(tiles, project=tile, streams_backward=tile, post_backward=tile)
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [*((operation, torch.bfloat16) for operation in OPERATIONS), ("post_pre", torch.float32)],
+)
+def test_programs_that_share_a_tokens_channels(
+    operation: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of 32, 32 and 8 channels, and the last of the tokens alone in its tile.
+
+    What no program writes is not a number.
+    """
+
+    def poisoned(allocate: object) -> object:
+        return lambda *args, **kwargs: allocate(*args, **kwargs).fill_(float("nan"))
+
+    bias = operation in ("post", "post_pre")
+    case = Case(operation=operation, n=8, tokens=17, channels=72, dtype=dtype, branch_bias=bias)
+    leaves = operands(case, device)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    compare(case, leaves, tiles=small_tiles(case, 32))
+
+
+@pytest.mark.parametrize("n", [4, 8], ids="n{}".format)
+def test_a_model_cut_between_two_layers_has_the_bits_of_the_whole(
+    n: int, device: torch.device
+) -> None:
+    """``pre`` of the streams that ``post_pre`` wrote reads what it read."""
+    case = Case(n=n, tokens=17, channels=72, dtype=torch.bfloat16)
+    leaves = operands(case, device)
+    tiles = small_tiles(case, 32) if n == 8 else None
+    whole = run_kernels(case, leaves, tiles=tiles)
+    cut = run_kernels(
+        replace(case, operation="pre"), {**leaves, "streams": whole["streams"]}, tiles=tiles
+    )
+    for name, expected in cut.items():
+        assert torch.equal(whole[name], expected), name
+
+
+def test_a_tokens_numbers_do_not_depend_on_the_other_tokens(device: torch.device) -> None:
+    case = Case(n=8, tokens=33, channels=24, dtype=torch.bfloat16)
+    leaves = operands(case, device)
+    gradients = random_gradients(run_reference(case, leaves))
+    all_tokens = with_gradients(lambda x: run_kernels(case, x), leaves, gradients)
+    per_token = ("streams", "branch", "mix_pre", "mix_post", "mix_res")
+    last = {k: v[-1:] if k in per_token and v is not None else v for k, v in leaves.items()}
+    alone = with_gradients(
+        lambda x: run_kernels(replace(case, tokens=1), x),
+        last,
+        {name: gradient[-1:] for name, gradient in gradients.items()},
+    )
+    for name in ("streams", "u", "pre", "post", "res", *(f"d_{name}" for name in per_token)):
+        assert torch.equal(all_tokens[name][-1:], alone[name]), name
+
+
+@pytest.mark.parametrize(
+    ("num_logits", "groups"), [(80, (64, 16)), (16, (16, 0)), (24, (32, 0)), (8, (16, 0))]
+)
+def test_rows_of_phi_fill_products_of_powers_of_two(
+    num_logits: int, groups: tuple[int, int]
+) -> None:
+    assert logit_groups(num_logits) == groups
