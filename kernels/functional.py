@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mhc_megatron.kernels import checks, compositions
+from mhc_megatron.kernels import checks, compositions, tracing
 from mhc_megatron.kernels.backends import Backend, choose_backend
 from mhc_megatron.kernels.compositions import Gates
 from mhc_megatron.kernels.known import Known, signature_of
@@ -91,8 +91,8 @@ def pre(
                 norm_eps=eps,
             )
         _check_operands_of_kernels(weight, alphas, bias, norm_weight)
-        if traced(x, tiles):
-            return _traced_pre(x, weight, alphas, bias, options, norm_weight, eps)
+        if tracing.traced(x, tiles):
+            return tracing.pre(x, weight, alphas, bias, options, norm_weight, eps)
         plan = _module("triton.plan").plan_of(
             x,
             norm_weight=norm_weight,
@@ -113,26 +113,6 @@ def pre(
         plan,
     )
     return u, PackedMappings(packed, plan.num_streams, u.shape[:-1], streams, through, inverse_rms)
-
-
-def _traced_pre(
-    streams: Tensor,
-    weight: Tensor,
-    alphas: Gates,
-    bias: Tensor,
-    options: MappingOptions,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, PackedMappings]:
-    from mhc_megatron.kernels import operators
-
-    constants = operators.constants_of(options)
-    u, packed, _, _, inverse_rms = operators.pre(
-        streams, weight, *alphas, bias, norm_weight, *constants, norm_eps
-    )
-    inverse_rms = None if norm_weight is None else inverse_rms
-    n, tokens = streams.shape[-2], streams.shape[:-2]
-    return u, PackedMappings(packed, n, tokens, inverse_rms=inverse_rms)
 
 
 def post(
@@ -175,10 +155,8 @@ def post(
             return _shaped(next_streams, num_streams)
         packed = pack(mix)
         checks.check_kernel_operands(branch=branch, branch_bias=branch_bias, mix=packed)
-        if traced(x, tiles):
-            from mhc_megatron.kernels import operators
-
-            return _shaped(operators.post(x, branch, branch_bias, packed), num_streams)
+        if tracing.traced(x, tiles):
+            return _shaped(tracing.post(x, branch, branch_bias, packed), num_streams)
         plan = _module("triton.plan").plan_of(x, branch, branch_bias, tiles=tiles)
         _post_plans.remember(signature, plan)
     if isinstance(mix, PackedMappings):
@@ -348,10 +326,10 @@ def _boundary(
         _check_operands_of_kernels(
             weight, alphas, bias, norm_weight, branch=branch, branch_bias=branch_bias, mix=packed
         )
-        if traced(x, tiles):
+        if tracing.traced(x, tiles):
             post_operands = (x, branch, branch_bias, packed)
             pre_operands = (weight, *alphas, bias, norm_weight)
-            next_streams, u, packed_mix = _traced_boundary(
+            next_streams, u, packed_mix = tracing.boundary(
                 post_operands, pre_operands, options, eps, read_with_previous
             )
             return _shaped(next_streams, num_streams), u, packed_mix
@@ -386,25 +364,6 @@ def _boundary(
     return new_streams, u, mappings
 
 
-def _traced_boundary(
-    post_operands: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    pre_operands: tuple[Tensor | None, ...],
-    options: MappingOptions,
-    norm_eps: float,
-    read_with_previous: bool,
-) -> tuple[Tensor, Tensor, PackedMappings]:
-    from mhc_megatron.kernels import operators
-
-    constants = operators.constants_of(options)
-    new_streams, u, new_packed, _, _, inverse_rms = operators.post_pre(
-        *post_operands, *pre_operands, *constants, norm_eps, read_with_previous
-    )
-    has_norm = pre_operands[-1] is not None
-    n, tokens = new_streams.shape[-2], new_streams.shape[:-2]
-    mix = PackedMappings(new_packed, n, tokens, inverse_rms=inverse_rms if has_norm else None)
-    return new_streams, u, mix
-
-
 def _shaped(streams: Tensor, num_streams: int | None) -> Tensor:
     """[..., n, C], or as [..., n*C] where they were given so."""
     return streams if num_streams is None else streams.flatten(-2)
@@ -413,14 +372,6 @@ def _shaped(streams: Tensor, num_streams: int | None) -> Tensor:
 def _accumulates(weight: Tensor, main_grad: Tensor | None) -> bool:
     """Whether phi's gradient is wanted, and added to a buffer."""
     return main_grad is not None and weight.requires_grad
-
-
-def traced(streams: Tensor, tiles: object | None) -> bool:
-    """Whether the operators run, which take no tiles."""
-    traced = checks.is_traced(streams)
-    if traced and tiles is not None:
-        raise ValueError("tiles: expected None while tracing, which uses the default tiles")
-    return traced
 
 
 def _check_operands_of_kernels(

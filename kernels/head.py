@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels import checks, reference
 from mhc_megatron.kernels.backends import Backend, choose_backend
-from mhc_megatron.kernels.functional import traced
+from mhc_megatron.kernels.tracing import traced
 
 if TYPE_CHECKING:
     from mhc_megatron.kernels.triton.head_tiles import HeadTiles

@@ -1,0 +1,199 @@
+"""What one kind of call is, and the sizes of what its kernels write."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mhc_megatron.kernels.options import MappingOptions
+from mhc_megatron.kernels.triton import bound
+from mhc_megatron.kernels.triton.arguments import blocks, matrices_of, parts_of
+from mhc_megatron.kernels.triton.compiled import Part
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles
+
+# Bytes; Triton compiles for pointers to multiples of 16, and CUDA's allocator has multiples of 512.
+_ALIGNMENT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """All that the launches of one call depend on, but the addresses of its tensors.
+
+    Attributes:
+        num_tokens, num_streams, channels, dtype, device: of the streams.
+        operand_dtypes: of branch, branch_bias and norm_weight; None for each that there is not.
+        options: of the mappings that are made; None for ``post``, which makes none.
+        tiles: of the kernels.
+        single_pass: the branch's input is read with the mappings that write.
+        accumulates: phi's gradient is added to a buffer.
+        norm_eps: of the norm of the branch's input, if it has a weight.
+        flat: the streams are [..., n*C], not [..., n, C].
+    """
+
+    num_tokens: int
+    num_streams: int
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+    operand_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
+    options: MappingOptions | None
+    tiles: Tiles
+    single_pass: bool
+    accumulates: bool
+    norm_eps: float
+    flat: bool
+
+
+class Buffers:
+    """The sizes that follow from a ``Call``.
+
+    Attributes:
+        num_tokens, num_streams, channels, num_logits: T, n, C, and M, 0 for ``post``.
+        dtype, device: of the streams.
+        call: all of it; ``accumulates`` and ``single_pass`` are asked for at every call.
+        rows: of the mappings, n * (n + 2).
+        wide: of more streams than the kernels take whose programs have all channels of a token.
+        parts: of phi, in which the kernels take it.
+        factor_dtype: of them, and of the gradient of the logits.
+    """
+
+    def __init__(self, call: Call) -> None:
+        n = call.num_streams
+        self.call = call
+        self.num_tokens, self.num_streams, self.channels = call.num_tokens, n, call.channels
+        self.num_logits = 0 if call.options is None else call.options.num_logits(n)
+        self.dtype, self.device = call.dtype, call.device
+        self.accumulates = call.accumulates
+        self.single_pass, self.rows, self.wide = call.single_pass, n * (n + 2), n > bound.WIDE
+        self.parts = parts_of(call.dtype)
+        self.factor_dtype = torch.bfloat16 if self.parts == 2 else torch.float32
+        branch, bias, norm = call.operand_dtypes
+        self.has_branch, self.has_bias = branch is not None, bias is not None
+        self.has_norm = norm is not None
+
+    def shape_of_input(self, streams: Tensor) -> tuple[int, ...]:
+        """Of the branch's input, [..., C]."""
+        return (*streams.shape[: -1 if self.call.flat else -2], self.channels)
+
+    @cached_property
+    def matrices(self) -> Tensor | None:
+        """Of the permutations, where the mappings mix them."""
+        return matrices_of(self.options, self.num_streams, self.device)
+
+    @property
+    def options(self) -> MappingOptions:
+        assert self.call.options is not None
+        return self.call.options
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Numbers of phi."""
+        return self.num_logits * self.num_streams * self.channels
+
+    @cached_property
+    def shape_of_factors(self) -> tuple[int, ...]:
+        """Of phi's parts: [2, M, K], of many streams [K, 2 M]."""
+        width = self.num_streams * self.channels
+        return (width, 2 * self.num_logits) if self.wide else (2, self.num_logits, width)
+
+    def programs_of(self, tile: Tile) -> int:
+        """Of a kernel whose programs may share a token's channels."""
+        return blocks(self.num_tokens, tile.tokens) * tile.splits(self.channels)
+
+    @property
+    def project_tile(self) -> Tile:
+        assert self.call.tiles.project is not None
+        return self.call.tiles.project
+
+    @cached_property
+    def project_sums(self) -> int:
+        """float32 numbers that ``project_fwd`` leaves to ``read_fwd``."""
+        rows = bound.project_rows(self.num_streams, self.num_logits)
+        return self.programs_of(self.project_tile) * rows * self.project_tile.tokens
+
+    @property
+    def streams_tile(self) -> Tile:
+        tiles = self.call.tiles
+        return tiles.streams_backward if self.num_logits else tiles.post_backward
+
+    @cached_property
+    def streams_sums(self) -> int:
+        """float32 numbers that ``wide_streams_bwd`` leaves to ``add_splits``."""
+        return self.programs_of(self.streams_tile) * self.rows * self.streams_tile.tokens
+
+    @cached_property
+    def splits(self) -> int:
+        """Of the tokens, for phi's gradient."""
+        tiles = self.call.tiles
+        split = tiles.weight_split if self.has_branch else tiles.pre_split
+        return blocks(self.num_tokens, split)
+
+    @cached_property
+    def has_weight_sums(self) -> bool:
+        """Whether phi's gradient is a sum of sums, which ``reduce_partials`` adds up."""
+        return self.splits > 1 or self.accumulates
+
+    @cached_property
+    def mix_programs(self) -> int:
+        """Of ``mix_bwd``; each writes partial sums."""
+        return blocks(self.num_tokens, self.mix_backward_tile.tokens)
+
+    @property
+    def mix_backward_tile(self) -> Tile:
+        tiles = self.call.tiles
+        return (self.has_norm and tiles.mix_backward_norm) or tiles.mix_backward
+
+    @cached_property
+    def _layout(self) -> tuple[dict[str, Part], int]:
+        """What the backward's kernels leave to each other, as parts of one buffer, and its size.
+
+        projected: gradient of ``vec(x) phi``, [PARTS * M, T].
+        radial: of the RMS, [T].
+        history: the iterations' divisors.
+        small_sums: of alphas and bias, [programs, 2 M].
+        norm_sums: of a norm's weight, [programs, C].
+        weight_sums: of phi, [splits, M, K].
+        """
+        rows = 2 * (self.options.iterations - 1) * self.num_streams if self.iterates else 0
+        sizes = {
+            "projected": self.parts * self.num_logits * self.num_tokens,
+            "radial": self.num_tokens,
+            "history": rows * self.num_tokens,
+            "small_sums": 2 * self.num_logits * self.mix_programs,
+            "norm_sums": self.mix_programs * self.channels if self.has_norm else 0,
+            "weight_sums": self.splits * self.num_weights if self.has_weight_sums else 0,
+        }
+        parts, end = {}, 0
+        for name, size in sizes.items():
+            if size:
+                dtype = self.factor_dtype if name == "projected" else torch.float32
+                parts[name] = Part(end, size, dtype)
+                end += blocks(size * dtype.itemsize, _ALIGNMENT) * _ALIGNMENT
+        return parts, end // torch.float32.itemsize
+
+    def parts_of_scratch(self, **names: str) -> dict[str, Part]:
+        """Those that there are, by parameter."""
+        parts, _ = self._layout
+        return {parameter: parts[name] for parameter, name in names.items() if name in parts}
+
+    @cached_property
+    def scratch_size(self) -> int:
+        """float32 numbers of what the backward's kernels leave to each other."""
+        return self._layout[1]
+
+    @cached_property
+    def iterates(self) -> bool:
+        """Whether the backward of the mappings keeps iterations."""
+        return self.options.projection in ("sinkhorn", "sinkhorn_v4")
+
+    @cached_property
+    def small(self) -> tuple[int, ...]:
+        """Numbers of the gradients of bias and alphas in one buffer, where the kernel has them:
+        alphas side by side, from a multiple of 16 bytes on."""
+        gap = -self.num_logits % 4
+        return (self.num_logits, *([gap] if gap else []), 1, 1, 1)
+
+    @cached_property
+    def small_size(self) -> int:
+        return sum(self.small)
