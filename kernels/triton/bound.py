@@ -14,6 +14,7 @@ from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
 from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
 from mhc_megatron.kernels.triton import wide_backward as wide_backward_kernel
+from mhc_megatron.kernels.triton import wide_weight_backward as wide_weight_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
     blocks,
     logit_groups,
@@ -348,7 +349,7 @@ def wide_weight_bwd(
 ) -> Launch:
     head, tail = logit_groups(num_logits)
     return Launch(
-        wide_backward_kernel.wide_weight_bwd,
+        wide_weight_backward_kernel.wide_weight_bwd,
         K=width,
         M=num_logits,
         HEAD=head,
