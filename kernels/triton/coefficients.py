@@ -136,7 +136,8 @@ def write_mappings(
         res = gate(res, tl.load(alpha_res_ptr), load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
         if PROJECTION != "unconstrained":
             V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-            LEVELS: tl.constexpr = NN.bit_length() - 1
+            # log2, of at most 64; a constexpr of Triton 3.3 has no bit_length.
+            LEVELS: tl.constexpr = (NN > 1) + (NN > 2) + (NN > 4) + (NN > 8) + (NN > 16) + (NN > 32)
             logits = entries_of(res, N * N, LEVELS)
             live = tokens < T
             res = sinkhorn_fwd(logits, eps, raw_ptr, tokens, live, T, N, ITERATIONS, V4, False)

@@ -151,7 +151,8 @@ def matrix_bwd(
     alpha = tl.load(alpha_ptr)
     if PROJECTION != "unconstrained":
         V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
-        LEVELS: tl.constexpr = NN.bit_length() - 1
+        # log2, of at most 64; a constexpr of Triton 3.3 has no bit_length.
+        LEVELS: tl.constexpr = (NN > 1) + (NN > 2) + (NN > 4) + (NN > 8) + (NN > 16) + (NN > 32)
         logits = gate(raw, alpha, load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
         entries = entries_of(logits, N * N, LEVELS)
         grads = later_iterations_bwd(
