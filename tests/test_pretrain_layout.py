@@ -79,10 +79,17 @@ def test_the_layout_is_that_of_megatrons_arguments() -> None:
             "dualpipe_v, dualpipe",
         ),
         (
+            "zb_h1",
+            {"pipeline_model_parallel_size": 1},
+            "--mhc-schedule='zb_h1' needs --pipeline-model-parallel-size > 1; set "
+            "--mhc-schedule=megatron",
+        ),
+        (
             "dualpipe_v",
             {"pipeline_model_parallel_size": 1},
-            "--mhc-schedule='dualpipe_v' needs --pipeline-model-parallel-size > 1; set "
-            "--mhc-schedule=megatron",
+            "--pipeline-model-parallel-size=1 does not combine with --mhc-schedule=dualpipe_v: "
+            "Megatron's loop gives a rank two chunks in a pipeline only; use mhc-megatron train, "
+            "or --mhc-schedule=megatron",
         ),
         (
             "dualpipe_v",
