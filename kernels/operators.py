@@ -13,6 +13,7 @@ from torch import Tensor
 from mhc_megatron.kernels.functions import Post, PostPre, Pre
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton.arguments import parts_of
+from mhc_megatron.kernels.triton.buffers import shape_of_factors
 from mhc_megatron.kernels.triton.plan import Plan, plan_of
 
 # Of MappingOptions: an operator takes only numbers, strings and tensors.
@@ -163,7 +164,9 @@ def _fake_read(
     tokens, rows, num_logits = _sizes(streams, weight)
     factors = weight.new_empty(0)
     if parts_of(streams.dtype) == 2:
-        factors = weight.new_empty((2, *weight.shape), dtype=torch.bfloat16)
+        n, channels = streams.shape[-2:]
+        shape = shape_of_factors(n, num_logits, channels)
+        factors = weight.new_empty(shape, dtype=torch.bfloat16)
     return (
         streams.new_empty((*streams.shape[:-2], streams.shape[-1])),
         weight.new_empty((rows, tokens)),

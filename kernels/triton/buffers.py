@@ -45,6 +45,14 @@ class Call:
     flat: bool
 
 
+def shape_of_factors(num_streams: int, num_logits: int, channels: int) -> tuple[int, ...]:
+    """Of phi's two parts for bfloat16 streams: [2, M, K], of many streams [K, 2 M]."""
+    width = num_streams * channels
+    if num_streams > bound.WIDE:
+        return width, 2 * num_logits
+    return 2, num_logits, width
+
+
 class Buffers:
     """The sizes that follow from a ``Call``.
 
@@ -93,9 +101,8 @@ class Buffers:
 
     @cached_property
     def shape_of_factors(self) -> tuple[int, ...]:
-        """Of phi's parts: [2, M, K], of many streams [K, 2 M]."""
-        width = self.num_streams * self.channels
-        return (width, 2 * self.num_logits) if self.wide else (2, self.num_logits, width)
+        """Of phi's parts."""
+        return shape_of_factors(self.num_streams, self.num_logits, self.channels)
 
     def programs_of(self, tile: Tile) -> int:
         """Of a kernel whose programs may share a token's channels."""

@@ -119,21 +119,23 @@ def test_tiles_of_the_caller_are_refused_while_tracing(device: torch.device) -> 
             run_kernels(case, fakes, tiles=tiles)
 
 
-# phi has parts of its own only with bfloat16 streams.
+# phi has parts of its own only with bfloat16 streams, of eight in another order.
 @pytest.mark.parametrize(
-    ("operation", "dtype", "norm"),
+    ("operation", "dtype", "norm", "n"),
     [
-        ("pre", torch.bfloat16, False),
-        ("pre", torch.bfloat16, True),
-        ("post", torch.bfloat16, False),
-        ("post_pre", torch.bfloat16, True),
-        ("post_pre", torch.float32, False),
+        ("pre", torch.bfloat16, False, 4),
+        ("pre", torch.bfloat16, True, 4),
+        ("pre", torch.bfloat16, False, 8),
+        ("post", torch.bfloat16, False, 4),
+        ("post_pre", torch.bfloat16, True, 4),
+        ("post_pre", torch.bfloat16, False, 8),
+        ("post_pre", torch.float32, False, 4),
     ],
 )
 def test_operators_keep_the_rules_of_torch_library(
-    operation: str, dtype: torch.dtype, norm: bool, device: torch.device
+    operation: str, dtype: torch.dtype, norm: bool, n: int, device: torch.device
 ) -> None:
-    leaves = leaves_of(Case(operation="post_pre", dtype=dtype, norm=norm), device)
+    leaves = leaves_of(Case(operation="post_pre", dtype=dtype, norm=norm, n=n), device)
     mix = (leaves["mix_pre"], leaves["mix_post"], leaves["mix_res"])
     packed = pack(Mappings(*(tensor.detach() for tensor in mix))).requires_grad_()
     post = (leaves["branch"], None, packed)
