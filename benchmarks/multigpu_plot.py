@@ -106,13 +106,6 @@ def _draw_steps(axes: Axes, lines: list[Line]) -> None:
     )
 
 
-def labels(lines: list[Line]) -> list[str]:
-    """What stands on the bars of the steps."""
-    found = steps(lines)
-    texts = [_over_plain(found, name, s) for name, times in found.items() for s in times]
-    return [text for text in texts if text]
-
-
 def _over_plain(found: dict[str, dict[str, float]], name: str, schedule: str) -> str:
     plain = found.get(PLAIN, {}).get(schedule)
     if plain is None or name == PLAIN:

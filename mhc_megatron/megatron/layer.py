@@ -223,9 +223,7 @@ class MHCTransformerLayer(TransformerLayer):
         """
         if self.chain.marker is None:
             return normed, streams, mix
-        normed, streams, *tensors = self.chain.begin(
-            phase, normed, streams, *graph_of(mix), used=tensors_of(mix)
-        )
+        normed, streams, *tensors = self.chain.begin(phase, normed, streams, *graph_of(mix))
         return normed, streams, with_graph(mix, tensors)
 
     def _mlp(self, normed: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
