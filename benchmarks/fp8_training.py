@@ -30,6 +30,7 @@ from mhc_megatron.report.compare import write_comparison
 from mhc_megatron.report.run import Run, load_run, summarise
 
 RECIPE = "gpt-100m"
+RESIDUALS = ("mhc", "plain")
 DTYPES = ("bf16", "delayed", "tensorwise", "blockwise")
 # Kernels whose sums have one order; and what delayed scaling needs to be saved.
 ENVIRONMENT = {
@@ -128,6 +129,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, required=True, help="results folder")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--residuals", nargs="+", choices=RESIDUALS, default=list(RESIDUALS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234], metavar="SEED")
     parser.add_argument("--workers", type=int, default=4, help="runs at a time (%(default)s)")
     parser.add_argument(
@@ -139,10 +141,11 @@ def main() -> int:
     trainings = [
         Training(residual, dtype, seed)
         for seed in args.seeds
-        for residual in ("mhc", "plain")
+        for residual in args.residuals
         for dtype in args.dtypes
     ]
-    trainings += [Training("mhc", dtype, args.seeds[0], repeat=True) for dtype in args.dtypes]
+    if "mhc" in args.residuals:
+        trainings += [Training("mhc", dtype, args.seeds[0], repeat=True) for dtype in args.dtypes]
     runs: dict[str, Run] = {}
     failed: list[str] = []
     args.results.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from timing import (
     eager_times,
     graph_times,
     host_floor,
+    host_launch,
     host_times,
 )
 
@@ -120,6 +121,7 @@ def run_shape(
                     "launch": launch,
                     "error": errors,
                     "deterministic": deterministic,
+                    **({"launch_us": round(host_launch(), 2)} if launch == "host" else {}),
                     **({} if tiles is None else {"tiles": str(tiles)}),
                     **source,
                 }

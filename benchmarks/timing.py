@@ -118,6 +118,17 @@ def host_floor() -> float:
     return host_times(lambda: torch.autograd.grad(_Nothing.apply(*leaves), leaves[:1], grad)).median
 
 
+def host_launch(launches: int = 8) -> float:
+    """Microseconds of the host per launch, of torch's own smallest kernel and as many in a row."""
+    numbers = torch.ones(8, device="cuda")
+
+    def launch() -> None:
+        for _ in range(launches):
+            numbers.zero_()
+
+    return host_times(launch).median / launches
+
+
 def copy_bandwidth(num_bytes: int = 2**30) -> float:
     """Bytes read and written per second by a device-to-device copy kernel."""
     source = torch.empty(num_bytes // 4, dtype=torch.float32, device="cuda").normal_()
