@@ -144,7 +144,6 @@ def project_fwd(
         HAS_BIAS=has_bias,
         SINGLE_PASS=single_pass,
         INTERLEAVED=interleaves(n, dtype),
-        TRANSPOSED=parts_of(dtype) == 2 and n > WIDE,
         SPAN=tile.span or channels,
         BT=tile.tokens,
         BC=tile.channels,

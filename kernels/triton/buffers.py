@@ -61,9 +61,7 @@ class Buffers:
         dtype, device: of the streams.
         call: all of it; ``accumulates`` and ``single_pass`` are asked for at every call.
         rows: of the mappings, n * (n + 2).
-        wide: of more streams than the backward's kernels take whose programs have all channels of a
-            token.
-        projects: the forward's programs share a token's channels.
+        wide: of more streams than the kernels take whose programs have all channels of a token.
         parts: of phi, in which the kernels take it.
         factor_dtype: of them, and of the gradient of the logits.
     """
@@ -76,7 +74,6 @@ class Buffers:
         self.dtype, self.device = call.dtype, call.device
         self.accumulates = call.accumulates
         self.single_pass, self.rows, self.wide = call.single_pass, n * (n + 2), n > bound.WIDE
-        self.projects = call.tiles.project is not None
         self.parts = parts_of(call.dtype)
         self.factor_dtype = torch.bfloat16 if self.parts == 2 else torch.float32
         branch, bias, norm = call.operand_dtypes

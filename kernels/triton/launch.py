@@ -77,7 +77,7 @@ def mix(
     _, *mappings = parameters
     results = u, raw, new_packed, norm_weight, inverse_rms
     operands = streams, branch, branch_bias, packed, factors
-    if plan.projects:
+    if plan.wide:
         sums = torch.empty(plan.project_sums, dtype=torch.float32, device=device)
         plan.project_fwd(stream, *operands, new_streams, u, sums)
         plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)

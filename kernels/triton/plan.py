@@ -118,7 +118,7 @@ class Plan(Buffers):
 
     @cached_property
     def project_fwd(self) -> Prepared:
-        """With ``read_fwd`` in the place of ``mix_fwd``."""
+        """Of many streams, with ``read_fwd`` in the place of ``mix_fwd``."""
         kernel = bound.project_fwd(
             self.num_streams,
             self.channels,

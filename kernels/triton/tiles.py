@@ -34,10 +34,9 @@ class Tiles:
     """The tiles of one hyper-connection's kernels.
 
     Attributes:
-        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16. Where there is
-            ``project``, ``read_fwd``, which follows it.
-        project: ``project_fwd``, in the place of ``mix_fwd``'s first half, with a ``span``; tokens
-            at least 16. More than four streams need it.
+        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16. Of more than four
+            streams ``read_fwd``, what follows ``project_fwd``.
+        project: ``project_fwd``, of more than four streams, with a ``span``; tokens at least 16.
         post: ``post_fwd``, post alone.
         rebuild: ``rebuild_fwd``, the states of a block without its branches.
         mix_backward: ``mix_bwd``, the gradients of the coefficients.

@@ -38,17 +38,16 @@ def add_product(
     ROWS: tl.constexpr,
     LAST: tl.constexpr,
     PARTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``product + factor @ phi^T`` of ROWS rows of phi and the columns below LAST, both parts."""
     rows = first_row + tl.arange(0, ROWS)
     mask = (columns < LAST)[:, None] & (rows < M)[None, :]
-    pointers = phi_pointers(weight_ptr, rows[None, :], columns[:, None], M, K, TRANSPOSED)
+    pointers = phi_pointers(weight_ptr, rows[None, :], columns[:, None], M, K, PARTS == 2)
     weight = tl.load(pointers, mask=mask, other=0.0)
     product = dot(factor, weight, product, PRECISION)
     if PARTS == 2:
-        weight = tl.load(pointers + (M if TRANSPOSED else M * K), mask=mask, other=0.0)
+        weight = tl.load(pointers + M, mask=mask, other=0.0)
         product = dot(factor, weight, product, PRECISION)
     return product
 
@@ -91,7 +90,6 @@ def project_fwd(
     HAS_BIAS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -99,10 +97,9 @@ def project_fwd(
 ):
     """y of BT tokens and SPAN channels, and its products with phi; without HAS_POST y is x.
 
-    ``weight``: phi, of ``split_wide`` where TRANSPOSED, else of ``split_weight`` or as it is; its M
-    rows are HEAD and up to TAIL more, of which each is a product. ``sums``: [programs, ROWS, BT],
-    ``vec(y) phi`` and the sum of squares of a program's channels; until they are known, the
-    program's coefficients.
+    ``weight``: phi, of ``split_wide`` where INTERLEAVED; its M rows are HEAD and up to TAIL more,
+    of which each is a product. ``sums``: [programs, ROWS, BT], ``vec(y) phi`` and the sum of
+    squares of a program's channels; until they are known, the program's coefficients.
     """
     SPLITS: tl.constexpr = (C + SPAN - 1) // SPAN
     T = tl.cast(T, tl.int64)
@@ -151,18 +148,7 @@ def project_fwd(
             if not INTERLEAVED:
                 columns, factor = o * C + channels, ys[o].to(weight_ptr.dtype.element_ty)
                 head = add_product(
-                    head,
-                    factor,
-                    weight_ptr,
-                    0,
-                    columns,
-                    M,
-                    K,
-                    HEAD,
-                    (o + 1) * C,
-                    PARTS,
-                    TRANSPOSED,
-                    PRECISION,
+                    head, factor, weight_ptr, 0, columns, M, K, HEAD, (o + 1) * C, PARTS, PRECISION
                 )
                 if TAIL > 0:
                     tail = add_product(
@@ -176,7 +162,6 @@ def project_fwd(
                         TAIL,
                         (o + 1) * C,
                         PARTS,
-                        TRANSPOSED,
                         PRECISION,
                     )
             if SINGLE_PASS:
@@ -184,22 +169,11 @@ def project_fwd(
         if INTERLEAVED:
             columns, factor = c * N + tl.arange(0, N * BC), interleave(ys, N, BT, BC)
             head = add_product(
-                head, factor, weight_ptr, 0, columns, M, K, HEAD, K, PARTS, TRANSPOSED, PRECISION
+                head, factor, weight_ptr, 0, columns, M, K, HEAD, K, PARTS, PRECISION
             )
             if TAIL > 0:
                 tail = add_product(
-                    tail,
-                    factor,
-                    weight_ptr,
-                    HEAD,
-                    columns,
-                    M,
-                    K,
-                    TAIL,
-                    K,
-                    PARTS,
-                    TRANSPOSED,
-                    PRECISION,
+                    tail, factor, weight_ptr, HEAD, columns, M, K, TAIL, K, PARTS, PRECISION
                 )
         if SINGLE_PASS:
             u_pointers = u_ptr + branch_rows + channels[None, :]
