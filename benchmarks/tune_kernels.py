@@ -63,7 +63,7 @@ CANDIDATES = {
 # Of more than four streams, instead of the above.
 WIDE_CANDIDATES = {
     "mix": grid("16 32", "32 64 128", "4 8", "2 3 4"),
-    "project": spans(grid("64 128", "16 32", "8", "1 2 3"), "320 640 1280"),
+    "project": spans(grid("64 128 256", "32 64", "4 8", "2 3 4"), "1280 2560 5120"),
     "mix_backward": grid("16 32", "32 64", "4 8", "2 3"),
     "streams_backward": spans(
         grid("64", "16", "8", "1 2") + grid("64 128", "8", "4 8", "1 2"), "320 640 1280"

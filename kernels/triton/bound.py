@@ -119,17 +119,9 @@ def mix_fwd(
 
 
 @cache
-def project_fwd(
-    n: int,
-    channels: int,
-    num_logits: int,
-    dtype: torch.dtype,
-    tile: Tile,
-    has_post: bool,
-    has_bias: bool,
-    single_pass: bool,
-) -> Launch:
-    head, tail = logit_groups(num_logits)
+def project_fwd(n: int, channels: int, num_logits: int, dtype: torch.dtype, tile: Tile) -> Launch:
+    parts = parts_of(dtype)
+    head, tail = logit_groups(parts * num_logits)
     return Launch(
         wide_forward.project_fwd,
         C=channels,
@@ -137,14 +129,9 @@ def project_fwd(
         M=num_logits,
         HEAD=head,
         TAIL=tail,
-        ROWS=project_rows(n, num_logits),
-        PARTS=parts_of(dtype),
+        PARTS=parts,
         PRECISION=precision_of(dtype),
-        HAS_POST=has_post,
-        HAS_BIAS=has_bias,
-        SINGLE_PASS=single_pass,
-        INTERLEAVED=interleaves(n, dtype),
-        SPAN=tile.span or channels,
+        SPAN=tile.span or n * channels,
         BT=tile.tokens,
         BC=tile.channels,
         STAGES=tile.num_stages,
@@ -152,16 +139,12 @@ def project_fwd(
     )
 
 
-def project_rows(n: int, num_logits: int) -> int:
-    """Rows of a program's sums, which are those of its coefficients at first."""
-    return max(num_logits + 1, n * (n + 2))
-
-
 @cache
 def read_fwd(
     n: int,
     channels: int,
     num_logits: int,
+    dtype: torch.dtype,
     options: MappingOptions,
     tile: Tile,
     project: Tile,
@@ -176,12 +159,12 @@ def read_fwd(
         NN=padded(n * n, 2),
         M=num_logits,
         MP=padded(num_logits, 16),
-        ROWS=project_rows(n, num_logits),
+        PARTS=parts_of(dtype),
         PROJECTION=options.projection,
         ITERATIONS=options.iterations,
         SINGLE_PASS=single_pass,
         HAS_NORM=has_norm,
-        SPLITS=project.splits(channels),
+        SPLITS=project.splits(n * channels),
         TILE=project.tokens,
         BT=tile.tokens,
         BC=tile.channels,

@@ -114,10 +114,16 @@ class Buffers:
         return self.call.tiles.project
 
     @cached_property
+    def project_programs(self) -> int:
+        """Of ``project_fwd``."""
+        tile, width = self.project_tile, self.num_streams * self.channels
+        return blocks(self.num_tokens, tile.tokens) * tile.splits(width)
+
+    @cached_property
     def project_sums(self) -> int:
         """float32 numbers that ``project_fwd`` leaves to ``read_fwd``."""
-        rows = bound.project_rows(self.num_streams, self.num_logits)
-        return self.programs_of(self.project_tile) * rows * self.project_tile.tokens
+        rows = self.parts * self.num_logits + 1
+        return self.project_programs * rows * self.project_tile.tokens
 
     @property
     def streams_tile(self) -> Tile:

@@ -105,7 +105,7 @@ def write_mappings(
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """``mappings`` of the tile's tokens: writes ``packed`` and returns H_pre, [BT, NP]."""
+    """``mappings`` of the tile's tokens, to ``packed``."""
     pre = load_block(raw_ptr, 0, tokens, T, N, NP)
     pre = gate(pre, tl.load(alpha_pre_ptr), load_bias(bias_ptr, 0, N, NP), PROJECTION)
     post = load_block(raw_ptr, N, tokens, T, N, NP)
@@ -148,7 +148,6 @@ def write_mappings(
     pointers, mask = block_pointers(packed_ptr, N, tokens, T, N, NP)
     tl.store(pointers, post, mask=mask)
     tl.store(res_pointers, res, mask=res_mask)
-    return pre
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.coefficients import column, write_mappings
+from mhc_megatron.kernels.triton.coefficients import write_mappings
 from mhc_megatron.kernels.triton.norm import normalise
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
@@ -85,6 +85,7 @@ def write_read(
     branch_rows,
     raw_ptr,
     next_packed_ptr,
+    read_ptr,
     norm_weight_ptr,
     norm_inverse_rms_ptr,
     tokens,
@@ -100,14 +101,15 @@ def write_read(
     MP: tl.constexpr,
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    SINGLE_PASS: tl.constexpr,
+    READS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """From ``vec(x) phi``, [MP, BT], and 1/RMS: raw, the mappings, and unless SINGLE_PASS u.
+    """From ``vec(x) phi``, [MP, BT], and 1/RMS: raw, the mappings, and if it READS u.
 
+    ``read_ptr``: the mappings by which u is read, which may be those that are made here.
     ``rows``, ``branch_rows``: [BT, 1], places of each token's streams and of its u.
     """
     # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
@@ -117,7 +119,7 @@ def write_read(
     tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
     # Other threads than wrote them read raw, and below y.
     tl.debug_barrier()
-    pre = write_mappings(
+    write_mappings(
         raw_ptr,
         alpha_pre_ptr,
         alpha_post_ptr,
@@ -135,10 +137,11 @@ def write_read(
         PROJECTION,
         ITERATIONS,
     )
-    if not SINGLE_PASS:
-        read = ()
-        for i in tl.static_range(N):
-            read = read + (column(pre, i, NP),)
+    if READS:
+        # From memory, whose loads take the layout of the tiles of streams. Of many streams these
+        # took the layout of registers, a token per lane, and every load of a tile all lanes' bank.
+        tl.debug_barrier()
+        read = load_coefficients(read_ptr, 0, tokens, live, T, N)
         y_rows = y_ptr + rows
         # From the last chunk to the first: what was written last is still in L2.
         CHUNKS: tl.constexpr = (C + BC - 1) // BC
@@ -289,6 +292,7 @@ def mix_fwd(
         branch_rows,
         raw_ptr,
         next_packed_ptr,
+        next_packed_ptr,
         norm_weight_ptr,
         norm_inverse_rms_ptr,
         tokens,
@@ -304,7 +308,7 @@ def mix_fwd(
         MP,
         PROJECTION,
         ITERATIONS,
-        SINGLE_PASS,
+        not SINGLE_PASS,
         HAS_NORM,
         BT,
         BC,

@@ -76,13 +76,15 @@ def mix(
         return new_streams, u, raw, new_packed, inverse_rms
     _, *mappings = parameters
     results = u, raw, new_packed, norm_weight, inverse_rms
-    operands = streams, branch, branch_bias, packed, factors
+    operands = streams, branch, branch_bias, packed
     if plan.wide:
+        if branch is not None:
+            plan.post_fwd(stream, *operands, new_streams)
         sums = torch.empty(plan.project_sums, dtype=torch.float32, device=device)
-        plan.project_fwd(stream, *operands, new_streams, u, sums)
-        plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)
+        plan.project_fwd(stream, new_streams, factors, sums)
+        plan.read_fwd(stream, new_streams, sums, packed, *mappings, plan.matrices, *results)
     else:
-        plan.mix_fwd(stream, *operands, *mappings, plan.matrices, new_streams, *results)
+        plan.mix_fwd(stream, *operands, factors, *mappings, plan.matrices, new_streams, *results)
     return new_streams, u, raw, new_packed, inverse_rms
 
 

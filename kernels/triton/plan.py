@@ -118,26 +118,21 @@ class Plan(Buffers):
 
     @cached_property
     def project_fwd(self) -> Prepared:
-        """Of many streams, with ``read_fwd`` in the place of ``mix_fwd``."""
+        """Of many streams, before ``read_fwd``."""
         kernel = bound.project_fwd(
-            self.num_streams,
-            self.channels,
-            self.num_logits,
-            self.dtype,
-            self.project_tile,
-            self.has_branch,
-            self.has_bias,
-            self.single_pass,
+            self.num_streams, self.channels, self.num_logits, self.dtype, self.project_tile
         )
-        return Prepared(kernel, (self.programs_of(self.project_tile),), (self.num_tokens,))
+        return Prepared(kernel, (self.project_programs,), (self.num_tokens,))
 
     @cached_property
     def read_fwd(self) -> Prepared:
+        """Of many streams, with ``post_fwd`` and ``project_fwd`` in the place of ``mix_fwd``."""
         tile = self.call.tiles.mix
         kernel = bound.read_fwd(
             self.num_streams,
             self.channels,
             self.num_logits,
+            self.dtype,
             self.options,
             tile,
             self.project_tile,

@@ -15,7 +15,7 @@ class Tile:
 
     Attributes:
         span: channels of a program, a multiple of the tile's; None for all. Only of kernels that
-            say so.
+            say so; of ``project`` all streams' channels are counted.
     """
 
     tokens: int
@@ -25,7 +25,7 @@ class Tile:
     span: int | None = None
 
     def splits(self, channels: int) -> int:
-        """How many programs share the channels of a token."""
+        """How many programs share so many of a token."""
         return 1 if self.span is None else -(-channels // self.span)
 
 
@@ -130,7 +130,7 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         # As of fewer streams: products of float32 parts.
         return Tiles(
             mix=Tile(tokens=16, channels=32),
-            project=Tile(tokens=32, channels=16, num_stages=1, span=640),
+            project=Tile(tokens=32, channels=16, num_stages=1, span=2560),
             post=Tile(tokens=16, channels=64, num_stages=1),
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=32),
@@ -143,7 +143,7 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
     # for: a program's threads hold 4 channels of a token each.
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8),
-        project=Tile(tokens=128, channels=16, num_warps=8, num_stages=2, span=320),
+        project=Tile(tokens=128, channels=64, num_warps=8, span=2560),
         post=Tile(tokens=16, channels=64, num_stages=1),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),

@@ -30,7 +30,7 @@ KERNELS = str(Path(kernels.__file__).parent)
 MOST_CALLS = {"post_pre": 120, "single_pass": 120, "pre": 98, "post": 52}
 FORWARD = ["split_weight", "mix_fwd"]
 BACKWARD = ["mix_bwd", "weight_bwd", "reduce_partials", "streams_bwd"]
-WIDE_FORWARD = ["split_wide", "project_fwd", "read_fwd"]
+WIDE_FORWARD = ["split_wide", "post_fwd", "project_fwd", "read_fwd"]
 WIDE_BACKWARD = ["mix_bwd", "wide_weight_bwd", "reduce_partials", "wide_streams_bwd", "add_splits"]
 
 
@@ -167,7 +167,7 @@ def test_a_boundary_launches_six_kernels_and_allocates_eleven_times(
 ) -> None:
     """And three times more with a norm, for which there is no other operation.
 
-    Of eight streams two more of either: sums that programs share, and their addition.
+    Of eight streams three more kernels and two more allocations: sums that programs share.
     """
     repeated, wide = Repeated(operation, norm=norm, n=n), n == 8
     kernels, operations, outputs = counted(launches, repeated.forward)
