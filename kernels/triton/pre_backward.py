@@ -4,7 +4,12 @@ import triton
 import triton.language as tl
 
 from mhc_megatron.kernels.triton.streams_backward import load_projected
-from mhc_megatron.kernels.triton.tile_math import channel_mask, dot, load_weight
+from mhc_megatron.kernels.triton.tile_math import (
+    channel_mask,
+    dot,
+    load_weight,
+    through_registers,
+)
 from mhc_megatron.kernels.triton.weight_backward import store_weight_sums
 
 
@@ -99,6 +104,7 @@ def pre_bwd(
             # grad_phi = grad_projected^T vec(x)
             pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
             projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
-            sums = dot(projected, x.to(projected_ptr.dtype.element_ty), sums, PRECISION)
+            factor = through_registers(x, mask).to(projected_ptr.dtype.element_ty)
+            sums = dot(projected, factor, sums, PRECISION)
     if TRAINS:
         store_weight_sums(weight_partial_ptr, split, sums, columns, present, K, M, ROWS, PARTS, BC)

@@ -15,6 +15,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     dot,
     phi_pointers,
     span_of,
+    through_registers,
     token_rows,
 )
 
@@ -84,7 +85,7 @@ def project_fwd(
         mask = channel_mask(live, k, K, BC)
         y = tl.load(y_ptr + rows + columns[None, :], mask=mask, other=0.0)
         # vec(x) phi and mean(vec(x)^2)
-        factor = y.to(weight_ptr.dtype.element_ty)
+        factor = through_registers(y, mask).to(weight_ptr.dtype.element_ty)
         head = add_product(head, factor, weight_ptr, 0, columns, C, N, M, HEAD, PARTS, PRECISION)
         if TAIL > 0:
             tail = add_product(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers.compile_kernels import overwritten_tiles
+
 SCRIPT = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
 
 
@@ -43,3 +45,12 @@ def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
     compiled = [line.partition(":")[0] for line in lines]
     assert {name: compiled.count(name) for name in variants} == variants
     assert [line for line in lines if "stack 0," not in line] == []
+
+
+def test_a_tile_that_registers_and_a_running_product_read_is_found() -> None:
+    """As the compiler wrote it for a kernel whose results differed from run to run."""
+    product = "%p = ttng.warp_group_dot %y, %w, %sum {isAsync = true} : !ttg.memdesc<128x64xbf16>\n"
+    load = "%r = ttg.local_load %y token %t : !ttg.memdesc<128x64xbf16> -> tensor<128x64xbf16>\n"
+    assert overwritten_tiles(load + product) == ["%y"]
+    assert overwritten_tiles(load.replace("%y", "%z") + product) == []
+    assert overwritten_tiles(load + product.replace("isAsync = true", "")) == []
