@@ -27,17 +27,24 @@ V = {"pipeline": 2, "schedule": "dualpipe_v"}
 BLOCKS = MHCConfig(recompute="block", recompute_block=2, sinkhorn_iterations=3)
 PLAIN = MHCConfig(sinkhorn_iterations=3)
 ALONE = {"schedule": "dualpipe_v"}  # two stages on a rank without neighbours
+SEQUENCE = {"tensor": 2, "sequence": True}
 EXPERTS = {**V, "data": 2, "expert": 2}
 # name: (model, layout, hyper-connections, mode)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], MHCConfig, str]] = {
     "dense_all": (DENSE, V, BLOCKS, "all"),
-    "tp2_sp_all": (DENSE, {**V, "tensor": 2, "sequence": True}, BLOCKS, "all"),
+    **{
+        f"{name}_{mode}": (DENSE, {**V, **layout}, BLOCKS, mode)
+        for name, layout in (("tp2_sp", SEQUENCE), ("tp2", {"tensor": 2}))
+        for mode in ("post", "recompute", "all")
+    },
+    "tp2_sp_post_alone": (DENSE, {**ALONE, **SEQUENCE}, PLAIN, "post"),
     "dense_all_alone": (DENSE, ALONE, BLOCKS, "all"),
     "dense_recompute_dualpipe": (DENSE, {**V, "schedule": "dualpipe"}, BLOCKS, "recompute"),
 }
 if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
     RUNS |= {
         "experts_all_alone": (MOE, {**ALONE, "data": 2, "expert": 2}, BLOCKS, "all"),
+        "experts_tp2_sp_all": (MOE, {**V, **SEQUENCE}, BLOCKS, "all"),
         "experts_post": (MOE, EXPERTS, PLAIN, "post"),
         "experts_recompute": (MOE, EXPERTS, BLOCKS, "recompute"),
         "experts_all": (MOE, EXPERTS, BLOCKS, "all"),
