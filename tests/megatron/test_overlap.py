@@ -4,6 +4,7 @@ Compared with the same layout without overlap: dispatchers exchange the same tok
 has another order, with expert parallelism neither.
 """
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,8 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.chunk_phases import reject_unsupported_overlap
 from mhc_megatron.megatron.schedule import check_overlap
 from mhc_megatron.pipeline.catalogue import generate
+from mhc_megatron.pretrain.scheduled import run_schedule
+from mhc_megatron.training.layout import ParallelConfig
 
 NUM_MB = 8
 V = {"pipeline": 2, "schedule": "dualpipe_v"}
@@ -142,3 +145,44 @@ def test_the_process_and_the_schedule_are_checked(monkeypatch: pytest.MonkeyPatc
     check_overlap(schedule, "post")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     check_overlap(schedule, "post")
+
+
+@pytest.mark.one_core
+@pytest.mark.parametrize(
+    ("layout", "capability", "refused"),
+    [
+        ({"tensor": 2, "overlap": "post"}, (9, 0), True),
+        ({"context": 2, "overlap": "post"}, (9, 0), True),
+        ({"tensor": 2, "overlap": "post"}, (10, 0), False),
+        ({"tensor": 2}, (9, 0), False),
+        ({"overlap": "post"}, (9, 0), False),
+    ],
+)
+def test_megatrons_loop_wants_one_queue_and_the_lanes_several(
+    layout: dict[str, Any],
+    capability: tuple[int, int],
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = ParallelConfig(**V, **layout)
+    args = SimpleNamespace(
+        global_batch_size=8,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        distributed_timeout_minutes=1,
+    )
+    model = SimpleNamespace(transformer=SimpleNamespace(transformer_impl="local"))
+    if not refused:
+        assert run_schedule(args, model, PLAIN, config).schedule.num_stages == 4
+        return
+    message = (
+        f"--mhc-overlap=post with --tensor-model-parallel-size={config.tensor} and "
+        f"--context-parallel-size={config.context}: on this GPU (compute capability 9.0, below 10) "
+        "Megatron's loop takes these only with CUDA_DEVICE_MAX_CONNECTIONS=1, and an overlap needs "
+        "8 or more; use mhc-megatron train, or --mhc-overlap=none"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run_schedule(args, model, PLAIN, config)
