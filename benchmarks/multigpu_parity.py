@@ -103,15 +103,18 @@ class Case:
 def cases(num_ranks: int) -> dict[str, Case]:
     """What ``num_ranks`` GPUs can run, by name."""
     sequence = {"tensor": 2, "sequence": True}
+    overlapped: dict[str, Any] = {"schedule": "dualpipe_v", "overlap": "all"}
     found = {
         "tp2": Case(layout={"tensor": 2}, bound="rounding"),
         "tp2_sp": Case(layout=sequence, bound="rounding"),
         "tp2_sp_spoiled": Case(layout=sequence, bound="rounding", spoiled=True),
+        "tp2_overlap": Case(layout={"tensor": 2, **overlapped}, bound="rounding"),
+        "tp2_sp_overlap": Case(layout={**sequence, **overlapped}, bound="rounding"),
         "dp2": Case(layout={"data": 2}, bound="order"),
         "dp2_overlap": Case(layout={"data": 2}, bound="order", overlap=True),
         "ep2": Case(layout={"data": 2, "expert": 2}, bound="rounding", experts=True),
         "ep2_overlap": Case(
-            layout={"data": 2, "expert": 2, "schedule": "dualpipe_v", "overlap": "all"},
+            layout={"data": 2, "expert": 2, **overlapped},
             bound="rounding",
             experts=True,
         ),
@@ -124,8 +127,8 @@ def cases(num_ranks: int) -> dict[str, Case]:
             halves = schedule == "dualpipe"
             found[f"pp{ranks}_{name}"] = Case(layout=layout, cuts=chunks - 1, halves=halves)
         dualpipe_v = found[f"pp{ranks}_dualpipe_v"]
-        overlapped = {**dualpipe_v.layout, "overlap": "all"}
-        found[f"pp{ranks}_dualpipe_v_overlap"] = replace(dualpipe_v, layout=overlapped)
+        layout = {**dualpipe_v.layout, **overlapped}
+        found[f"pp{ranks}_dualpipe_v_overlap"] = replace(dualpipe_v, layout=layout)
     found |= {
         "pp4_interleaved": Case(layout={"pipeline": 4, "virtual": 2}, cuts=7),
         "ep4": Case(layout={"data": 4, "expert": 4}, bound="rounding", experts=True),

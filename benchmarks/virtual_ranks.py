@@ -358,10 +358,14 @@ class LateMarker(PhaseMarker):
         self._delays = delays
 
     def begin(
-        self, name: str, *tensors: Tensor, used: Sequence[Tensor | None] = ()
+        self,
+        name: str,
+        *tensors: Tensor,
+        past: Sequence[Tensor] = (),
+        used: Sequence[Tensor | None] = (),
     ) -> tuple[Tensor, ...]:
         """As in ``PhaseMarker``."""
-        marked = super().begin(name, *tensors, used=used)
+        marked = super().begin(name, *tensors, past=past, used=used)
         stream = self.lanes.stream(self._delays.choice(list(Lane)))
         with torch.cuda.stream(stream):
             hold_up(self._delays, on_gpu=stream is not None)

@@ -107,6 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "beside another; without it, rough proportions and no slowdowns",
     )
     pair.add_argument("--experts", action="store_true", help="MLPs are experts (MoE)")
+    pair.add_argument(
+        "--tensor-parallel",
+        choices=("all_reduce", "sequence"),
+        help="collectives around attention and MLP (experts keep theirs), without or with sequence "
+        "parallelism; --phase-costs are those of a rank's part",
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",

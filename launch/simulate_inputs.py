@@ -116,9 +116,10 @@ def pair_of(args: argparse.Namespace, schedule: "Schedule") -> "Forecast | None"
     from mhc_megatron.pipeline.phases import stage_phases
 
     if args.overlap is None:
-        if args.phase_costs is not None or args.experts:
+        if args.phase_costs is not None or args.experts or args.tensor_parallel is not None:
             raise UserError(
-                "--phase-costs and --experts describe --overlap; give it, or leave both"
+                "--phase-costs, --experts and --tensor-parallel describe --overlap; give it, or "
+                "leave them out"
             )
         return None
     if not any(isinstance(action, Overlap) for row in schedule.ranks for action in row):
@@ -144,6 +145,7 @@ def pair_of(args: argparse.Namespace, schedule: "Schedule") -> "Forecast | None"
         args.overlap,
         block_ends={rebuilt.stop - 1 for rebuilt in plan},
         loss=False,
+        collectives=args.tensor_parallel,
     )
     rebuild = args.overlap != "post"
     if args.phase_costs is None:

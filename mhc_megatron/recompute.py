@@ -15,30 +15,12 @@ from torch import Tensor, nn
 from mhc_megatron import kernels
 from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.dropped import Dropped
 from mhc_megatron.errors import UserError
 from mhc_megatron.hyper_connection import Mix, Observer, normalises
 from mhc_megatron.pipeline.blocks import recompute_plan
 
 CudaStreams = Sequence["torch.cuda.Stream"]
-
-
-class _Dropped:
-    """A tensor's memory, emptied until ``restore``. The alias has no graph and no version."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.alias = tensor.data
-        storage = self.alias.untyped_storage()
-        self._size = storage.nbytes()
-        assert self.alias.numel() * self.alias.element_size() == self._size, "memory is shared"
-        storage.resize_(0)
-
-    def restore(self) -> Tensor:
-        """The memory again, not yet filled."""
-        self.alias.untyped_storage().resize_(self._size)
-        return self.alias
-
-    def drop(self) -> None:
-        self.alias.untyped_storage().resize_(0)
 
 
 class _Block:
@@ -51,9 +33,9 @@ class _Block:
         self._mhc = mhc
         self._observer = observer
         self._lanes = lanes
-        self._states: list[_Dropped] = []
-        self._inputs: list[_Dropped] = []
-        self._normed: list[tuple[int, _Dropped, Callable[[Tensor], Tensor]]] = []
+        self._states: list[Dropped] = []
+        self._inputs: list[Dropped] = []
+        self._normed: list[tuple[int, Dropped, Callable[[Tensor], Tensor]]] = []
         self._norm_weights: list[Tensor | None] = []
         self._branches: list[Tensor] = []
         self._biases: list[Tensor | None] = []
@@ -78,14 +60,14 @@ class _Block:
             norm_weight = norm.weight.data
         self._norm_weights.append(norm_weight)
         if normed.untyped_storage()._cdata != branch_input.untyped_storage()._cdata:
-            self._normed.append((len(self._inputs), _Dropped(normed), norm))
-        self._inputs.append(_Dropped(branch_input))
+            self._normed.append((len(self._inputs), Dropped(normed), norm))
+        self._inputs.append(Dropped(branch_input))
         self._branches.append(output.data)
         self._biases.append(None if bias is None else bias.data)
         self._mixes.append(_without_graph(mix))
 
     def drop_state(self, streams: Tensor) -> None:
-        self._states.append(_Dropped(streams))
+        self._states.append(Dropped(streams))
 
     def enter(self, *_: object) -> None:
         """Called before the backward enters the block."""

@@ -35,6 +35,18 @@ class PhaseCost:
         return {"F": self.forward, "B": self.dgrad, "W": self.wgrad, "R": self.rebuild}[step.op]
 
 
+# Tensor parallelism's are not measured: beside a dispatch a token crosses once and not to six
+# experts, over links within a host, which are several times as fast. An all-reduce counts as two of
+# sequence parallelism's, which gathers gradients and the branch's input in a scatter's backward.
+_COLLECTIVES: Mapping[str, PhaseCost] = MappingProxyType(
+    {
+        "gather": PhaseCost(0.2, 0.2),
+        "scatter": PhaseCost(0.2, 0.4),
+        "copy": PhaseCost(0.0, 0.4),
+        "reduce": PhaseCost(0.4, 0.0),
+    }
+)
+
 # Measured for a MoE layer of the mHC paper's 27B model (benchmarks/overlap.py), with exchanges as
 # long as the products of their tokens. They decide the order of a run, the same on all ranks.
 ESTIMATED_COSTS: Mapping[str, PhaseCost] = MappingProxyType(
@@ -50,6 +62,11 @@ ESTIMATED_COSTS: Mapping[str, PhaseCost] = MappingProxyType(
         "unpermute": PhaseCost(0.1, 0.1),
         "mlp_post": PhaseCost(0.3, 0.5, rebuild=0.3),
         "leave": PhaseCost(4.0, 4.0, 4.0),
+        **{
+            f"{branch}_{name}": cost
+            for branch in ("attention", "mlp")
+            for name, cost in _COLLECTIVES.items()
+        },
     }
 )
 
@@ -141,8 +158,10 @@ def interleave(
     best = _by_rule(forward, backward, costs, rebuild)
     ends = _enqueued(best, forward, backward, costs).end
     draw = random.Random(0)
+    names = {phase.name for phase in (*forward, *backward)}
+    own = {name: cost for name, cost in costs.items() if name in names}
     for _ in range(_VARIATIONS):
-        varied = {name: _varied(cost, draw) for name, cost in costs.items()}
+        varied = {name: _varied(cost, draw) for name, cost in own.items()}
         plan = _by_rule(forward, backward, varied, rebuild)
         end = _enqueued(plan, forward, backward, costs).end
         if end < ends:

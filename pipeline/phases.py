@@ -18,6 +18,9 @@ OverlapMode = Literal["none", "post", "recompute", "all"]
 """What an Overlap does: ``none`` runs the forward, then the backward; the others interleave their
 phases, with F_post,res (``post``), the rebuilds (``recompute``) or both (``all``) on PRIORITY."""
 
+Collectives = Literal["all_reduce", "sequence"]
+"""Tensor parallelism's around a branch's linear layers: of whole sums, or of sequences' parts."""
+
 
 class Lane(str, Enum):
     """Where a phase runs; on a GPU each is a stream of its own."""
@@ -48,11 +51,24 @@ class Phase:
 
 
 MOE_PHASES = ("router", "dispatch", "experts", "combine", "unpermute")
-_COMMUNICATION = ("dispatch", "combine")
+_EXCHANGES = ("dispatch", "combine")
+# Named after Megatron's functions. A copy is an all-reduce of gradients in the backward.
+_AROUND = {"all_reduce": ("copy", "reduce"), "sequence": ("gather", "scatter")}
+
+
+def collective_phases(branch: str, collectives: Collectives) -> tuple[str, str]:
+    """The names of the phases before and after ``attention`` or ``mlp``."""
+    before, after = _AROUND[collectives]
+    return f"{branch}_{before}", f"{branch}_{after}"
 
 
 def stage_phases(
-    is_moe: Sequence[bool], mode: OverlapMode, *, block_ends: Set[int] = frozenset(), loss: bool
+    is_moe: Sequence[bool],
+    mode: OverlapMode,
+    *,
+    block_ends: Set[int] = frozenset(),
+    loss: bool,
+    collectives: Collectives | None = None,
 ) -> tuple[Phase, ...]:
     """The phases of a stage's forward, in order.
 
@@ -64,17 +80,16 @@ def stage_phases(
             paper.
         block_ends: the last sublayer of each recompute block, from 0 in the stage.
         loss: the stage has the final norm and the loss.
+        collectives: those before and after every attention and every dense MLP are phases; None
+            where there are none, or where they are inside.
     """
     posts = Lane.PRIORITY if mode in ("post", "all") else Lane.COMPUTE
     phases = [Phase("enter")]
     for layer, moe in enumerate(is_moe):
         phases += [
-            Phase("attention", layer=layer),
+            *_branch("attention", layer, collectives),
             Phase("attention_post", layer=layer, begins_block=2 * layer in block_ends),
-            *(
-                Phase(name, posts if name == "unpermute" else _lane_in_mlp(name), layer)
-                for name in (MOE_PHASES if moe else ("mlp",))
-            ),
+            *(_experts(layer, posts) if moe else _branch("mlp", layer, collectives)),
             Phase("mlp_post", posts, layer, begins_block=2 * layer + 1 in block_ends),
         ]
     if loss:
@@ -82,8 +97,19 @@ def stage_phases(
     return tuple(phases)
 
 
-def _lane_in_mlp(name: str) -> Lane:
-    return Lane.COMMUNICATION if name in _COMMUNICATION else Lane.COMPUTE
+def _branch(name: str, layer: int, collectives: Collectives | None) -> list[Phase]:
+    phases = [Phase(name, layer=layer)]
+    if collectives is None:
+        return phases
+    before, after = (
+        Phase(around, Lane.COMMUNICATION, layer) for around in collective_phases(name, collectives)
+    )
+    return [before, *phases, after]
+
+
+def _experts(layer: int, posts: Lane) -> list[Phase]:
+    lanes = {"unpermute": posts, **dict.fromkeys(_EXCHANGES, Lane.COMMUNICATION)}
+    return [Phase(name, lanes.get(name, Lane.COMPUTE), layer) for name in MOE_PHASES]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.hyper_connection import Mix
+from mhc_megatron.megatron.phased_tensor import TensorCollectives
 from mhc_megatron.megatron.phases import PhaseMarker
 from mhc_megatron.recompute import ForwardRecompute, StreamRecompute
 
@@ -26,12 +27,14 @@ class LayerChain:
     Attributes:
         recompute: what their forwards drop; None with ``recompute="none"``.
         marker: of the chunk's phases; None where nothing is interleaved.
+        collectives: of tensor parallelism, which the layers do; None where branches do their own.
     """
 
     def __init__(self, recompute: StreamRecompute | None) -> None:
         self.layers: list[MHCTransformerLayer] = []
         self.recompute = recompute
         self.marker: PhaseMarker | None = None
+        self.collectives: TensorCollectives | None = None
         self._handed: tuple[Tensor, Tensor, Mix] | None = None
 
     def after(self, layer: "MHCTransformerLayer") -> Optional["MHCTransformerLayer"]:
@@ -48,10 +51,16 @@ class LayerChain:
         return self.recompute.begin(() if self.marker is None else self.marker.lanes.of_states)
 
     def begin(
-        self, phase: str, *tensors: Tensor, used: Sequence[Tensor | None] = ()
+        self,
+        phase: str,
+        *tensors: Tensor,
+        past: Sequence[Tensor] = (),
+        used: Sequence[Tensor | None] = (),
     ) -> tuple[Tensor, ...]:
         """``PhaseMarker.begin``; nothing without a marker."""
-        return tensors if self.marker is None else self.marker.begin(phase, *tensors, used=used)
+        if self.marker is None:
+            return *tensors, *past
+        return self.marker.begin(phase, *tensors, past=past, used=used)
 
     @property
     def ends_model(self) -> bool:

@@ -4,6 +4,7 @@ import torch
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.chain import LayerChain, chain_of
+from mhc_megatron.megatron.phased_tensor import take_collectives
 from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.phases import OverlapMode, stage_phases
 from mhc_megatron.refusals import refuse_first
@@ -25,12 +26,14 @@ def mark_phases(
     """
     chain = reject_unsupported_overlap(chain_of(chunk), mode)
     plan = [] if chain.recompute is None else chain.recompute.plan
+    chain.collectives = take_collectives(chain.layers, lanes)
     chain.marker = PhaseMarker(
         stage_phases(
             [layer.is_moe_layer for layer in chain.layers],
             mode,
             block_ends={block.stop - 1 for block in plan},
             loss=ends_model,
+            collectives=None if chain.collectives is None else chain.collectives.kind,
         ),
         lanes,
         rebuilds_ahead=mode in ("recompute", "all"),

@@ -27,6 +27,7 @@ from mhc_megatron.megatron.chain import ChainBuilder
 from mhc_megatron.megatron.engine import engine_weights, this_platform
 from mhc_megatron.megatron.norm import tag_sequence_parallel
 from mhc_megatron.megatron.phased_moe import run_moe
+from mhc_megatron.megatron.phased_tensor import Branch
 from mhc_megatron.megatron.unsupported import (
     reject_unsupported,
     reject_unsupported_recompute,
@@ -141,11 +142,12 @@ class MHCTransformerLayer(TransformerLayer):
         if not normalises(mix):
             normed = _single(self.input_layernorm(branch_input), "input_layernorm")
         normed, streams, mix = self._begin_branch("attention", normed, streams, mix)
-        output, bias = self.self_attention(
-            normed,
+        attend = partial(
+            self.self_attention,
             attention_mask=attention_mask,
             **{name: attention_arguments.get(name) for name in _ATTENTION_ARGUMENTS},
         )
+        output, bias = self._run_branch("attention", attend, normed)
         if recompute is not None:
             recompute.branch_done(
                 sublayer,
@@ -176,7 +178,7 @@ class MHCTransformerLayer(TransformerLayer):
             normed = _single(self.pre_mlp_layernorm(branch_input), "pre_mlp_layernorm")
         phase = "router" if self.is_moe_layer else "mlp"
         normed, streams, mix = self._begin_branch(phase, normed, streams, mix)
-        output, bias = self._mlp(normed, padding_mask)
+        output, bias = self._run_mlp(normed, padding_mask)
         if recompute is not None:
             recompute.branch_done(
                 sublayer,
@@ -223,14 +225,25 @@ class MHCTransformerLayer(TransformerLayer):
         """
         if self.chain.marker is None:
             return normed, streams, mix
-        normed, streams, *tensors = self.chain.begin(phase, normed, streams, *graph_of(mix))
+        if self.chain.collectives is not None and phase != "router":
+            phase = self.chain.collectives.first(phase)
+        normed, streams, *tensors = self.chain.begin(phase, normed, past=(streams, *graph_of(mix)))
         return normed, streams, with_graph(mix, tensors)
 
-    def _mlp(self, normed: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.chain.marker is not None and self.is_moe_layer:
-            return run_moe(self.mlp, normed, padding_mask, self.chain.begin), None
-        output, bias = self.mlp(normed, padding_mask=padding_mask)
-        return output, bias
+    def _run_branch(
+        self, name: str, branch: Branch, normed: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.chain.collectives is None:
+            return branch(normed)
+        return self.chain.collectives.run(name, branch, normed, self.chain.begin)
+
+    def _run_mlp(self, normed: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        mlp: Branch = partial(self.mlp, padding_mask=padding_mask)
+        if not self.is_moe_layer:
+            return self._run_branch("mlp", mlp, normed)
+        if self.chain.marker is None:
+            return mlp(normed)
+        return run_moe(self.mlp, normed, padding_mask, self.chain.begin), None
 
     def _enter(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Mix]:
         """The streams [s, b, n*C], the first branch's input [s, b, C] and its mappings."""

@@ -63,6 +63,12 @@ class Lanes:
             if tensor is not None:
                 tensor.record_stream(stream)
 
+    def record(self, lane: Lane, tensor: Tensor) -> None:
+        """Say that ``lane`` uses a tensor, of whichever lane its memory is."""
+        stream = self.stream(lane)
+        if stream is not None:
+            tensor.record_stream(stream)
+
     @contextlib.contextmanager
     def between(self) -> Iterator[None]:
         """On a stream of its own, on which nothing is computed.
@@ -130,17 +136,22 @@ class PhaseMarker:
         self._wait()
 
     def begin(
-        self, name: str, *tensors: Tensor, used: Sequence[Tensor | None] = ()
+        self,
+        name: str,
+        *tensors: Tensor,
+        past: Sequence[Tensor] = (),
+        used: Sequence[Tensor | None] = (),
     ) -> tuple[Tensor, ...]:
         """The next phase begins.
 
         Args:
             name: of the phase, to be sure that it is the expected one.
             tensors: all through which a gradient comes back from this phase to the one before.
+            past: those through which one comes back from a later phase, past this one.
             used: what else the phase reads and an earlier one made.
 
         Returns:
-            ``tensors``, with the boundary in their graph.
+            ``tensors`` and ``past``, with the boundary in their graph.
 
         Raises:
             UserError: the chunk's layers do not run the phases that it was planned for.
@@ -154,10 +165,10 @@ class PhaseMarker:
                 "set parallel.overlap=none"
             )
         with self.lanes.between():
-            marked: tuple[Tensor, ...] = _Boundary.apply(self, self._at, *tensors)
+            marked: tuple[Tensor, ...] = _Boundary.apply(self, self._at, *tensors, *past)
         ended = self.lanes.end_of_phase()
         self._wait()
-        self.lanes.enter(expected.lane, ended, [*marked, *used])
+        self.lanes.enter(expected.lane, ended, [*marked[: len(tensors)], *used])
         return marked
 
     def end(self, output: Tensor) -> None:

@@ -50,21 +50,28 @@ def split_linears(chunk: nn.Module) -> None:
 
     The sums are the same to the last bit. Left as they are, with the weight gradient computed
     beside the input's: layers with a bias inside the product, a gathered output, fused gradient
-    accumulation, or sequence parallelism, where either gradient needs the gathered sequence.
+    accumulation, or sequence parallelism, where either gradient needs the gathered sequence and the
+    layer gathers it (``take_collectives``).
     """
     whole = []
     for name, module in chunk.named_modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            if _splits(module):
-                module.register_forward_pre_hook(_freeze)
-                module.register_forward_hook(_join, with_kwargs=True, always_call=True)
+            if splits(module):
+                split_linear(module)
             else:
                 whole.append(name)
     if whole:
         _LOGGER.info("weight gradients computed beside the input's: %s", ", ".join(whole))
 
 
-def _splits(module: Any) -> bool:
+def split_linear(module: nn.Module) -> None:
+    """``split_linears`` of one layer that ``splits``; once."""
+    module.register_forward_pre_hook(_freeze)
+    module.register_forward_hook(_join, with_kwargs=True, always_call=True)
+
+
+def splits(module: Any) -> bool:
+    """Whether megatron-core's function for frozen weights does what the layer does otherwise."""
     if module.weight is None or module.gradient_accumulation_fusion:
         return False
     alone = module.tp_group is None or module.tp_group.size() == 1

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.pipeline.schedule import Schedule
@@ -136,7 +137,12 @@ def run_schedule(
         model_config: the ``GPTModelConfig``.
         mhc: the hyper-connections.
         layout: from ``layout_from_args``.
+
+    Raises:
+        UserError: Megatron's arguments let the GPU have one hardware queue, and the lanes of
+            ``layout.overlap`` need more.
     """
+    _check_connections(layout)
     step = ScheduledStep(
         layout,
         mhc,
@@ -152,3 +158,20 @@ def run_schedule(
     model_config.builder = _BUILDER
     model_config.placement = step.schedule.placement
     return step
+
+
+def _check_connections(layout: ParallelConfig) -> None:
+    # As validate_args of megatron.training.arguments, which has accepted the arguments by now.
+    if layout.overlap == "none" or layout.tensor * layout.context == 1:
+        return
+    if not torch.cuda.is_available() or not isinstance(torch.cuda.current_device(), int):
+        return  # in the CPU runtime the loop's arguments see a GPU, and everybody else the CPU
+    major, minor = torch.cuda.get_device_capability()
+    if major < 10:
+        raise UserError(
+            f"--mhc-overlap={layout.overlap} with --tensor-model-parallel-size={layout.tensor} and "
+            f"--context-parallel-size={layout.context}: on this GPU (compute capability "
+            f"{major}.{minor}, below 10) Megatron's loop takes these only with "
+            "CUDA_DEVICE_MAX_CONNECTIONS=1, and an overlap needs 8 or more; use mhc-megatron "
+            "train, or --mhc-overlap=none"
+        )

@@ -24,9 +24,18 @@ from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import build_chunks, transformer_config
 from mhc_megatron.training.runtime import distributed_runtime
 
-MODELS = {"dense": DENSE}
+TENSOR = {"tensor": 2}
+# name: (model, layout, phases of a layer)
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "dense": (DENSE, {}, 4),
+    "dense_tp2": (DENSE, TENSOR, 8),
+    "dense_tp2_sp": (DENSE, {**TENSOR, "sequence": True}, 8),
+}
 if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
-    MODELS |= {"experts": MOE}
+    MODELS |= {
+        "experts": (MOE, {}, 8),
+        "experts_tp2_sp": (MOE, {**TENSOR, "sequence": True}, 10),
+    }
 
 
 def edges_between_lanes(rank: int, world_size: int, config: TrainConfig) -> tuple[int, list[str]]:
@@ -80,8 +89,7 @@ def test_no_gradient_goes_past_the_boundaries(
     model: str, backend: Any, workers: WorkerPool
 ) -> None:
     mhc = MHCConfig(recompute="block", recompute_block=4, sinkhorn_iterations=2, backend=backend)
-    config = run_config(MODELS[model], mhc=mhc)
-    [(boundaries, past)] = workers.run(edges_between_lanes, 1, config)
-    phases_of_a_layer = 4 if model == "dense" else 8
-    assert boundaries == 8 * phases_of_a_layer + 1  # the loss's is the last
-    assert past == []
+    options, layout, phases_of_a_layer = MODELS[model]
+    config = run_config(options, layout, mhc=mhc)
+    for found in workers.run(edges_between_lanes, config.parallel.world_size, config):
+        assert found == (8 * phases_of_a_layer + 1, [])  # the loss's is the last

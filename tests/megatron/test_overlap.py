@@ -4,6 +4,7 @@ Compared with the same layout without overlap: dispatchers exchange the same tok
 has another order, with expert parallelism neither.
 """
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,23 +22,32 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.chunk_phases import reject_unsupported_overlap
 from mhc_megatron.megatron.schedule import check_overlap
 from mhc_megatron.pipeline.catalogue import generate
+from mhc_megatron.pretrain.scheduled import run_schedule
+from mhc_megatron.training.layout import ParallelConfig
 
 NUM_MB = 8
 V = {"pipeline": 2, "schedule": "dualpipe_v"}
 BLOCKS = MHCConfig(recompute="block", recompute_block=2, sinkhorn_iterations=3)
 PLAIN = MHCConfig(sinkhorn_iterations=3)
 ALONE = {"schedule": "dualpipe_v"}  # two stages on a rank without neighbours
+SEQUENCE = {"tensor": 2, "sequence": True}
 EXPERTS = {**V, "data": 2, "expert": 2}
 # name: (model, layout, hyper-connections, mode)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], MHCConfig, str]] = {
     "dense_all": (DENSE, V, BLOCKS, "all"),
-    "tp2_sp_all": (DENSE, {**V, "tensor": 2, "sequence": True}, BLOCKS, "all"),
+    **{
+        f"{name}_{mode}": (DENSE, {**V, **layout}, BLOCKS, mode)
+        for name, layout in (("tp2_sp", SEQUENCE), ("tp2", {"tensor": 2}))
+        for mode in ("post", "recompute", "all")
+    },
+    "tp2_sp_post_alone": (DENSE, {**ALONE, **SEQUENCE}, PLAIN, "post"),
     "dense_all_alone": (DENSE, ALONE, BLOCKS, "all"),
     "dense_recompute_dualpipe": (DENSE, {**V, "schedule": "dualpipe"}, BLOCKS, "recompute"),
 }
 if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refuse it without TE
     RUNS |= {
         "experts_all_alone": (MOE, {**ALONE, "data": 2, "expert": 2}, BLOCKS, "all"),
+        "experts_tp2_sp_all": (MOE, {**V, **SEQUENCE}, BLOCKS, "all"),
         "experts_post": (MOE, EXPERTS, PLAIN, "post"),
         "experts_recompute": (MOE, EXPERTS, BLOCKS, "recompute"),
         "experts_all": (MOE, EXPERTS, BLOCKS, "all"),
@@ -135,3 +145,44 @@ def test_the_process_and_the_schedule_are_checked(monkeypatch: pytest.MonkeyPatc
     check_overlap(schedule, "post")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     check_overlap(schedule, "post")
+
+
+@pytest.mark.one_core
+@pytest.mark.parametrize(
+    ("layout", "capability", "refused"),
+    [
+        ({"tensor": 2, "overlap": "post"}, (9, 0), True),
+        ({"context": 2, "overlap": "post"}, (9, 0), True),
+        ({"tensor": 2, "overlap": "post"}, (10, 0), False),
+        ({"tensor": 2}, (9, 0), False),
+        ({"overlap": "post"}, (9, 0), False),
+    ],
+)
+def test_megatrons_loop_wants_one_queue_and_the_lanes_several(
+    layout: dict[str, Any],
+    capability: tuple[int, int],
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = ParallelConfig(**V, **layout)
+    args = SimpleNamespace(
+        global_batch_size=8,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        distributed_timeout_minutes=1,
+    )
+    model = SimpleNamespace(transformer=SimpleNamespace(transformer_impl="local"))
+    if not refused:
+        assert run_schedule(args, model, PLAIN, config).schedule.num_stages == 4
+        return
+    message = (
+        f"--mhc-overlap=post with --tensor-model-parallel-size={config.tensor} and "
+        f"--context-parallel-size={config.context}: on this GPU (compute capability 9.0, below 10) "
+        "Megatron's loop takes these only with CUDA_DEVICE_MAX_CONNECTIONS=1, and an overlap needs "
+        "8 or more; use mhc-megatron train, or --mhc-overlap=none"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run_schedule(args, model, PLAIN, config)

@@ -61,7 +61,14 @@ def config(data: DataConfig, tmp_path: Path) -> TrainConfig:
         pytest.param({"pipeline": 2, "schedule": "zb_h1"}, id="ZB-H1"),
         pytest.param({"pipeline": 2, "schedule": "dualpipe_v"}, id="DualPipeV"),
         pytest.param(
-            {"pipeline": 2, "schedule": "dualpipe_v", "overlap": "post"}, id="DualPipeV overlapped"
+            {
+                "tensor": 2,
+                "sequence": True,
+                "pipeline": 2,
+                "schedule": "dualpipe_v",
+                "overlap": "post",
+            },
+            id="TP2 with DualPipeV overlapped",
         ),
     ],
 )

@@ -38,16 +38,16 @@ class Memory:
     """Watches every tensor that a forward drops."""
 
     def __init__(self) -> None:
-        self.dropped: list[recompute._Dropped] = []
+        self.dropped: list[recompute.Dropped] = []
         watched = self.dropped
-        initialise = recompute._Dropped.__init__
+        initialise = recompute.Dropped.__init__
 
-        def watching(self: recompute._Dropped, tensor: torch.Tensor) -> None:
+        def watching(self: recompute.Dropped, tensor: torch.Tensor) -> None:
             initialise(self, tensor)
             watched.append(self)
 
-        self.undo = lambda: setattr(recompute._Dropped, "__init__", initialise)
-        recompute._Dropped.__init__ = watching  # type: ignore[method-assign]
+        self.undo = lambda: setattr(recompute.Dropped, "__init__", initialise)
+        recompute.Dropped.__init__ = watching  # type: ignore[method-assign]
 
     def sizes(self) -> list[int]:
         return [dropped.alias.untyped_storage().nbytes() for dropped in self.dropped]

@@ -73,6 +73,17 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         {},
         SUMMATION_ORDER,
     ),
+    "tp2_sp_pp2_dualpipe_v_overlap": (
+        {
+            "tensor": 2,
+            "sequence": True,
+            "pipeline": 2,
+            "schedule": "dualpipe_v",
+            "overlap": "post",
+        },
+        {},
+        SUMMATION_ORDER,
+    ),
     "tp2_sp_pp2_dualpipe_v": (
         {"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "dualpipe_v"},
         {},

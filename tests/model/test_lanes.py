@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhc_megatron.megatron import phases
 from mhc_megatron.megatron.overlap import LaneOverlap, PhasedStage
+from mhc_megatron.megatron.phased_tensor import _Gathered
 from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.phases import Lane, Phase
 from mhc_megatron.pipeline.turns import Turns
@@ -200,3 +201,30 @@ def test_the_message_of_an_overlap_leaves_from_the_last_lane(recorded: Recorded)
     )
     assert sorted(lanes) == ["gradient on compute", "output on priority"]
     assert recorded.current is recorded.compute
+
+
+def test_a_sequence_that_is_gathered_again_is_recorded_where_it_is_read(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole by weight gradients, on the compute lane; a rebuilt part by the exchange itself."""
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather_into_tensor",
+        lambda whole, part, group: whole.copy_(torch.cat([part, part])),
+    )
+    whole, part = torch.tensor([1.0, 2.0, 1.0, 2.0]), torch.tensor([1.0, 2.0])
+    gathered = _Gathered(whole, part, None, recorded.lanes)
+    assert whole.untyped_storage().nbytes() == 0
+    gathered.gather()
+    assert whole.tolist() == [1.0, 2.0, 1.0, 2.0]
+    expected = [(whole.data_ptr(), "compute"), (part.data_ptr(), "communication")]
+    assert recorded.tensors == expected
+
+
+def test_what_goes_past_a_phase_is_not_recorded_there(recorded: Recorded) -> None:
+    marker = PhaseMarker(PHASES, recorded.lanes, rebuilds_ahead=False)
+    marker.start()
+    read, past = torch.ones(1), torch.ones(1)
+    marked = marker.begin("dispatch", read, past=[past])
+    assert [tensor.data_ptr() for tensor in marked] == [read.data_ptr(), past.data_ptr()]
+    assert recorded.tensors == [(read.data_ptr(), "communication")]

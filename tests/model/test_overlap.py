@@ -1,18 +1,18 @@
 """Forward and backward in turns: the bits of one after the other under any valid plan."""
 
 import itertools
-import random
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers.plans import random_plan
 from torch import Tensor, nn
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.overlap import LaneOverlap, PhasedStage
 from mhc_megatron.megatron.phases import Lanes, PhaseMarker
 from mhc_megatron.pipeline.interleave import interleave
-from mhc_megatron.pipeline.phases import Phase, Plan, Step, check_plan
+from mhc_megatron.pipeline.phases import Phase, Plan, Step
 
 LAYERS = 3
 
@@ -56,28 +56,6 @@ class Chunk(nn.Module):
 
     def stage(self) -> PhasedStage:
         return PhasedStage(self.run, self.marker, take_dropped=None)
-
-
-def random_plan(seed: int) -> Callable[..., Plan]:
-    """Any valid plan, for ``LaneOverlap``."""
-
-    def plan(forward: tuple[Phase, ...], backward: tuple[Phase, ...], *, rebuild: bool) -> Plan:
-        assert not rebuild
-        chance, steps = random.Random(seed), list[Step]()
-        rows = [
-            [Step("F", place) for place in range(len(forward))],
-            [Step("B", place) for place in reversed(range(len(backward)))],
-            list[Step](),
-        ]
-        while any(rows):
-            row = chance.choice([row for row in rows if row])
-            steps.append(row.pop(0))
-            if steps[-1].op == "B" and chance.random() < 0.5:
-                rows[2].append(Step("W", steps[-1].phase))
-        check_plan(tuple(steps), forward, backward)
-        return tuple(steps)
-
-    return plan
 
 
 def inputs(seed: int) -> list[Tensor]:

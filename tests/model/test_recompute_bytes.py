@@ -103,7 +103,7 @@ def test_phi_is_the_parameter_itself_in_other_precisions(dtype: torch.dtype) -> 
     assert sum(saved.values()) == streams + size.coefficient_bytes
 
 
-def dropped_bytes(dropped: list[recompute._Dropped]) -> int:
+def dropped_bytes(dropped: list[recompute.Dropped]) -> int:
     return sum(one.alias.untyped_storage().nbytes() for one in dropped)
 
 
@@ -116,11 +116,11 @@ def test_what_a_split_backward_keeps(block: int, monkeypatch: pytest.MonkeyPatch
         recompute="block",
         recompute_block=block,
     )
-    dropped: list[recompute._Dropped] = []
+    dropped: list[recompute.Dropped] = []
     most = 0
-    initialise, rebuild = recompute._Dropped.__init__, recompute._Block.rebuild
+    initialise, rebuild = recompute.Dropped.__init__, recompute._Block.rebuild
 
-    def watched(self: recompute._Dropped, tensor: Tensor) -> None:
+    def watched(self: recompute.Dropped, tensor: Tensor) -> None:
         initialise(self, tensor)
         dropped.append(self)
 
@@ -129,7 +129,7 @@ def test_what_a_split_backward_keeps(block: int, monkeypatch: pytest.MonkeyPatch
         rebuild(self)
         most = max(most, dropped_bytes(dropped))
 
-    monkeypatch.setattr(recompute._Dropped, "__init__", watched)
+    monkeypatch.setattr(recompute.Dropped, "__init__", watched)
     monkeypatch.setattr(recompute._Block, "rebuild", measured)
     module, handle = Stage(mhc, torch.float32, apart=True), StreamRecompute(mhc, num_sublayers=4)
     # A leaf that is no parameter is the input; the first state is a tensor of its own.

@@ -14,8 +14,16 @@ from mhc_megatron.pipeline.interleave import (
     interleave,
     serial,
 )
+from mhc_megatron.pipeline.intervals import intersection, length, union
 from mhc_megatron.pipeline.lanes import simulate_lanes
-from mhc_megatron.pipeline.phases import Lane, Phase, Step, check_plan, stage_phases
+from mhc_megatron.pipeline.phases import (
+    Collectives,
+    Lane,
+    Phase,
+    Step,
+    check_plan,
+    stage_phases,
+)
 
 MODES = ["post", "recompute", "all"]
 
@@ -25,7 +33,8 @@ def stages(draw: st.DrawFn) -> tuple[Phase, ...]:
     layers = draw(st.lists(st.booleans(), min_size=1, max_size=4))
     ends = draw(st.sets(st.integers(0, 2 * len(layers) - 1)))
     mode = draw(st.sampled_from(MODES))
-    return stage_phases(layers, mode, block_ends=ends, loss=draw(st.booleans()))
+    around = draw(st.sampled_from([None, "all_reduce", "sequence"]))
+    return stage_phases(layers, mode, block_ends=ends, loss=draw(st.booleans()), collectives=around)
 
 
 @st.composite
@@ -113,3 +122,58 @@ def test_the_rebuild_of_a_block_comes_one_block_ahead() -> None:
     entered = Step("B", last.phase)
     assert plan.index(first) > plan.index(entered)
     assert plan.index(first) < plan.index(Step("B", first.phase)) - 2
+
+
+@pytest.mark.parametrize(
+    ("collectives", "names"),
+    [
+        (None, ["attention", "attention_post", "mlp", "mlp_post"]),
+        (
+            "sequence",
+            [
+                "attention_gather *",
+                "attention",
+                "attention_scatter *",
+                "attention_post",
+                "mlp_gather *",
+                "mlp",
+                "mlp_scatter *",
+                "mlp_post",
+            ],
+        ),
+        (
+            "all_reduce",
+            [
+                "attention_copy *",
+                "attention",
+                "attention_reduce *",
+                "attention_post",
+                "mlp_copy *",
+                "mlp",
+                "mlp_reduce *",
+                "mlp_post",
+            ],
+        ),
+    ],
+)
+def test_collectives_around_a_branch_are_on_the_communication_lane(
+    collectives: Collectives | None, names: list[str]
+) -> None:
+    row = stage_phases([False], "recompute", loss=False, collectives=collectives)
+    marks = {Lane.COMMUNICATION: " *", Lane.COMPUTE: ""}
+    assert [phase.name + marks[phase.lane] for phase in row[1:]] == names
+    experts = stage_phases([True], "recompute", loss=False, collectives=collectives)
+    around = [phase.name for phase in experts if phase.lane is Lane.COMMUNICATION]
+    attention = [name[:-2] for name in names if name.startswith("attention") and name[-1] == "*"]
+    assert around == [*attention, "dispatch", "combine"]  # experts keep their own
+
+
+def test_collectives_hide_behind_the_other_side() -> None:
+    """Without sequence parallelism each takes time in one direction only."""
+    for collectives in ("sequence", "all_reduce"):
+        row = stage_phases([False] * 4, "all", loss=False, collectives=collectives)
+        spans = simulate_lanes(interleave(row, row), row, row)
+        products = [(s.start, s.end) for s in spans if s.lane is Lane.COMPUTE]
+        exchanges = [(s.start, s.end) for s in spans if s.lane is Lane.COMMUNICATION]
+        hidden = length(intersection(union(exchanges), union(products)))
+        assert hidden > 0.9 * length(union(exchanges)) > 0

@@ -200,7 +200,13 @@ take 16 (1.250 times as long with them)
         ),
         (
             (*GPIPE, "--experts"),
-            "--phase-costs and --experts describe --overlap; give it, or leave both",
+            "--phase-costs, --experts and --tensor-parallel describe --overlap; give it, or leave "
+            "them out",
+        ),
+        (
+            (*GPIPE, "--tensor-parallel", "sequence"),
+            "--phase-costs, --experts and --tensor-parallel describe --overlap; give it, or leave "
+            "them out",
         ),
         (
             (*PAIRED, "--overlap", "all", "--recompute-block", "0"),
@@ -209,7 +215,9 @@ take 16 (1.250 times as long with them)
         (
             (*PHASE_COSTS, "phases.json"),
             "phases.json: the file: unknown field 'gelu'; known: enter, attention, attention_post, "
-            "mlp, router, dispatch, experts, combine, unpermute, mlp_post, leave, slowdowns",
+            "mlp, router, dispatch, experts, combine, unpermute, mlp_post, leave, "
+            "attention_gather, attention_scatter, attention_copy, attention_reduce, mlp_gather, "
+            "mlp_scatter, mlp_copy, mlp_reduce, slowdowns",
         ),
         (
             (*PHASE_COSTS, "none.json"),
@@ -233,6 +241,11 @@ take 16 (1.250 times as long with them)
         (
             (*PHASE_COSTS, "lane.json"),
             "lane.json: slowdowns: unknown field 'memory'; known: compute, communication, priority",
+        ),
+        (
+            (*PHASE_COSTS, "dense.json", "--tensor-parallel", "sequence"),
+            "dense.json: no cost for the phase 'attention_gather'; add one to attention, "
+            "attention_post, enter, mlp, mlp_post",
         ),
         (
             (*PHASE_COSTS, "attention.json"),
@@ -271,6 +284,8 @@ def test_mistakes_are_one_line(
     }.items():
         (tmp_path / f"{name}.json").write_text(f'{{"slowdowns": {slowdowns}}}')
     (tmp_path / "attention.json").write_text('{"attention": {"forward": 1, "forward": 2}}')
+    dense = ("enter", "attention", "attention_post", "mlp", "mlp_post")
+    (tmp_path / "dense.json").write_text(json.dumps({name: {"forward": 1} for name in dense}))
     (tmp_path / "few.json").write_text('{"attention": {}, "attention_post": {}}')
     assert _run(*arguments) == 2
     assert capsys.readouterr().err == f"mhc-megatron: error: {message}\n"
@@ -329,6 +344,38 @@ def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "overlap.svg"])
     drawing = ElementTree.fromstring((out / "overlap.svg").read_text())
     assert len(drawing.findall(".//{*}title")) == 8  # four phases that take time, both ways
+
+
+@pytest.mark.parametrize(
+    ("kind", "around"),
+    [
+        ("sequence", {"gather": (2, 2), "scatter": (2, 2)}),
+        ("all_reduce", {"copy": (0, 4), "reduce": (4, 0)}),
+    ],
+)
+def test_collectives_of_tensor_parallelism(
+    kind: str,
+    around: dict[str, tuple[int, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Closed form: products of 4 and 4 in either direction, collectives of 8 in each."""
+    costs = {name: {"forward": 4, "dgrad": 4} for name in ("attention", "mlp")}
+    for branch in ("attention", "mlp"):
+        for name, (forward, dgrad) in around.items():
+            costs[f"{branch}_{name}"] = {"forward": forward, "dgrad": dgrad}
+    costs |= {name: {} for name in ("enter", "attention_post", "mlp_post")}
+    (tmp_path / "phases.json").write_text(json.dumps(costs))
+    pair = ("--overlap", "post", "--tensor-parallel", kind)
+    pair += ("--phase-costs", str(tmp_path / "phases.json"), "--out", str(tmp_path / "out"))
+    assert _run(*PAIRED, *pair) == 0
+    printed = capsys.readouterr().out
+    assert "one after the other 32 (" in printed
+    lines = {line.split()[0]: line.split()[1] for line in printed.splitlines() if line.strip()}
+    assert (lines["compute"], lines["communication"]) == ("16", "16")
+    drawing = ElementTree.fromstring((tmp_path / "out" / "overlap.svg").read_text())
+    titles = "".join(title.text or "" for title in drawing.findall(".//{*}title"))
+    assert all(f" 0.{name}: " in titles for name in costs if costs[name])
 
 
 def test_lanes_that_slow_each_other_down(
