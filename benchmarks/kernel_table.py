@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_table.py benchmarks/results/h100/kernels.jsonl
 
-Graph replays: all of the commit that was measured last beside peers, then ``post_pre`` of
-every commit, then expand and the contractions as they were measured last, then the host's times of
-launches without a graph. Of a figure that was measured twice the last counts.
+Graph replays: at every shape all of the commit that was measured last, beside peers if any was,
+then ``post_pre`` of every commit, then expand and the contractions as they were measured last, then
+the host's times of launches without a graph. Of a figure that was measured twice the last counts.
 """
 
 import json
@@ -22,21 +22,25 @@ def is_end(line: Line) -> bool:
     return line["impl"].rpartition(".")[2] in ("expand", "contract_mean", "contract_learned")
 
 
-def commit_with_peers(lines: list[Line]) -> str:
-    """The commit that was measured last in a run with peers, which are named ``name==version``."""
-    return next(line["commit"] for line in reversed(lines) if "==" in line["impl"])
+def newest(lines: list[Line]) -> list[Line]:
+    """Of every shape those of the commit that was measured last, beside peers if any was.
+
+    Peers are named ``name==version``. Without expand and the contractions.
+    """
+    lines = [line for line in lines if not is_end(line)]
+    commits = {_shape(line): line["commit"] for line in lines}
+    commits |= {_shape(line): line["commit"] for line in lines if "==" in line["impl"]}
+    return [line for line in lines if line["commit"] == commits[_shape(line)]]
 
 
 def latest(lines: list[Line]) -> str:
     """Every implementation at every shape; how many times ``post_pre``'s time each needs."""
-    lines = [line for line in lines if not is_end(line)]
-    commit = commit_with_peers(lines)
     rows: dict[tuple[str, str], dict[str, Line]] = {}
-    for line in lines:
-        if line["launch"] == "graph" and line["commit"] == commit:
+    for line in newest(lines):
+        if line["launch"] == "graph":
             rows.setdefault((_shape(line), line["impl"]), {})[line["metric"]] = line
     body = []
-    for (shape, implementation), row in rows.items():
+    for (shape, implementation), row in sorted(rows.items(), key=_by_shape):
         ours = rows[shape, "mhc_megatron.post_pre"]["fwd_bwd"]["value"]
         times = f"{row['fwd_bwd']['value'] / ours:.2f}" if "fwd_bwd" in row else ""
         body.append([shape, implementation, *(_figure(row.get(m)) for m in _METRICS), times])
@@ -69,14 +73,12 @@ def ends(lines: list[Line]) -> str:
 def host(lines: list[Line]) -> str:
     """The host's time for forward and backward, and for a function without work, at one shape.
 
-    Of the commit that was measured last beside peers.
+    Of the commit that was measured last beside peers there.
     """
-    commit = commit_with_peers(lines)
     body = [
         [line["impl"], f"{line['value']:.0f} us", f"{line['floor']:.0f} us"]
-        for line in lines
-        if line["launch"] == "host" and line["commit"] == commit and not is_end(line)
-        if _shape(line) == _OF_HOST
+        for line in newest(lines)
+        if line["launch"] == "host" and _shape(line) == _OF_HOST
     ]
     return markdown([_OF_HOST, "host", "without work"], body)
 
@@ -88,6 +90,12 @@ def read(path: Path) -> list[Line]:
 
 def _shape(line: Line) -> str:
     return ", ".join(str(line["shape"][name]) for name in ("T", "C", "n"))
+
+
+def _by_shape(item: tuple[tuple[str, str], object]) -> tuple[int, list[int]]:
+    """As they are measured: of four streams first, then by size; else as they come."""
+    tokens, channels, streams = _numbers(item[0][0])
+    return abs(streams - 4), [streams, tokens * channels, tokens]
 
 
 def _numbers(shape: str) -> list[int]:

@@ -2,9 +2,9 @@
 
     python benchmarks/roofline.py benchmarks/results/h100/kernels.jsonl docs/roofline.svg
 
-Forward and backward together, graph replays, the commit that was measured last beside peers. Right:
-the bytes that an implementation has to move at least; up: its time. A point on the line moves no
-byte twice.
+Forward and backward together, graph replays, of every shape the commit that was measured last.
+Right: the bytes that an implementation has to move at least; up: its time. A point on the line
+moves no byte twice.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from kernel_table import Line, commit_with_peers, is_end, read
+from kernel_table import Line, newest, read
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -30,11 +30,9 @@ class Point(NamedTuple):
 
 def points(lines: list[Line]) -> dict[str, list[Point]]:
     """By implementation, in the order of the file."""
-    lines = [line for line in lines if not is_end(line)]
-    commit = commit_with_peers(lines)
     found: dict[str, list[Point]] = {}
-    for line in lines:
-        if (line["commit"], line["launch"], line["metric"]) == (commit, "graph", "fwd_bwd"):
+    for line in newest(lines):
+        if (line["launch"], line["metric"]) == ("graph", "fwd_bwd"):
             megabytes = line["floor"] * line["copy_tb_per_s"]
             found.setdefault(line["impl"], []).append(Point(megabytes, line["value"]))
     return found
@@ -45,8 +43,7 @@ def draw(lines: list[Line]) -> Figure:
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = figure.subplots()
     series = points(lines)
-    commit = commit_with_peers(lines)
-    bandwidth = next(x["copy_tb_per_s"] for x in reversed(lines) if x["commit"] == commit)
+    bandwidth = newest(lines)[-1]["copy_tb_per_s"]
     sizes = sorted(point.megabytes for found in series.values() for point in found)
     span = (sizes[0] * 0.8, sizes[-1] * 1.25)
     for multiple in MULTIPLES:

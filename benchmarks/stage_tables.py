@@ -154,10 +154,12 @@ def p2p(lines: list[Line]) -> str:
     return markdown(["GB/s in a direction", "", *(f"C = {width}" for width in widths)], body)
 
 
-def step_graph(lines: list[Line]) -> str:
-    """Training steps on one GPU, launched kernel by kernel and as one CUDA graph."""
+def step_graph(lines: list[Line], channels: int) -> str:
+    """Training steps of one width on one GPU, launched kernel by kernel and as one CUDA graph."""
     rows: dict[str, dict[str, dict[str, Line]]] = {}
     for line in lines:
+        if line["shape"]["C"] != channels:
+            continue
         by_launch = rows.setdefault(line["impl"], {}).setdefault(line["launch"], {})
         by_launch[line["metric"]] = line
     body = []
@@ -177,29 +179,32 @@ def step_graph(lines: list[Line]) -> str:
 
 
 def training(lines: list[Line]) -> str:
-    """Final losses of a model in bf16 and each FP8 recipe, a column per run of the script."""
+    """Final losses of a model in bf16 and each FP8 recipe, a column per commit and seed."""
     lines = [line for line in lines if "seed" in line["shape"]]
-    runs = {line["run"]: line for line in lines}
+    names = {_commit_and_seed(line): None for line in lines}
     rows: dict[tuple[str, str], dict[str, Line]] = {}
     repeats: dict[tuple[str, str], set[bool]] = {}
     for line in lines:
         key = (line["impl"], line["shape"]["dtype"])
-        rows.setdefault(key, {}).setdefault(line["run"], line)
+        rows.setdefault(key, {}).setdefault(_commit_and_seed(line), line)
         if "deterministic" in line:
             repeats.setdefault(key, set()).add(line["deterministic"])
     body = []
-    for (implementation, dtype), by_run in sorted(rows.items(), key=_bf16_first):
+    for (implementation, dtype), by_name in sorted(rows.items(), key=_bf16_first):
         cells = []
-        for run in runs:
-            line = by_run.get(run, {})
+        for name in names:
+            line = by_name.get(name, {})
             ratio = line.get("ratio_to_bf16")
             more = "" if dtype == "bf16" or ratio is None else f", {100 * (ratio - 1):+.1f} %"
             cells.append(f"{line['value']:.3f}{more}" if line else "")
         same = repeats.get((implementation, dtype))
         bits = "" if same is None else "the same bits" if same == {True} else "other bits"
         body.append(["plain" if implementation == PLAIN else "mHC", dtype, *cells, bits])
-    names = [f"{line['commit'][:7]}, seed {line['shape']['seed']}" for line in runs.values()]
     return markdown(["residual", "branches", *names, "repeated"], body)
+
+
+def _commit_and_seed(line: Line) -> str:
+    return f"{line['commit'][:7]}, seed {line['shape']['seed']}"
 
 
 def _bf16_first(item: tuple[tuple[str, str], object]) -> tuple[bool, bool, str]:
@@ -224,11 +229,14 @@ if __name__ == "__main__":
         "te_blocks": blocks,
         "overlap": overlap,
         "multigpu": multigpu,
-        "step_graph": step_graph,
         "fp8_training": training,
         "message_training": messages,
     }
     lines = read(path)
+    if path.stem == "step_graph":
+        for channels in dict.fromkeys(line["shape"]["C"] for line in lines):
+            print(f"C = {channels}", step_graph(lines, channels), sep="\n\n")
+        sys.exit()
     print(tables[path.stem](lines))
     if path.stem == "multigpu":
         print(p2p(lines))

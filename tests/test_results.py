@@ -56,6 +56,23 @@ def test_the_fp8_page_shows_the_results_files(benchmark: Callable[[str], Any]) -
     assert tables.messages(read(RESULTS / "cpu" / "message_training.jsonl")) in page
 
 
+def test_the_picture_of_fp8_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
+    plot, lines = (
+        benchmark("fp8_plot"),
+        benchmark("kernel_table").read(RESULTS / "h200" / "fp8_training.jsonl"),
+    )
+    shown = plot.curves(lines)
+    assert len(shown) == 8
+    picture = (ROOT / "docs" / "fp8_training.svg").read_text()
+    for axes in plot.draw(lines).axes:
+        for line in axes.lines:
+            assert str(line.get_label()) in picture or line.get_label().startswith("_")
+    # The run at the smaller rate, and lines without a seed are of one run too.
+    assert shown["mHC", "bf16"][-1] > 1.55
+    with pytest.raises(ValueError, match="no run has all of bf16, delayed"):
+        plot.curves(lines[:3])
+
+
 def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any]) -> None:
     tables, read = benchmark("stage_tables"), benchmark("kernel_table").read
     page = (ROOT / "docs" / "pipeline.md").read_text()
@@ -76,7 +93,8 @@ def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any
 def test_steps_as_graphs_are_in_the_performance_page(benchmark: Callable[[str], Any]) -> None:
     lines = benchmark("kernel_table").read(RESULTS / "h200" / "step_graph.jsonl")
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert benchmark("stage_tables").step_graph(lines) in page
+    for channels in (1280, 2560):
+        assert benchmark("stage_tables").step_graph(lines, channels) in page
 
 
 def test_pipelines_on_a_gpu_have_the_bits_of_a_loop_and_the_comparison_sees() -> None:
@@ -172,9 +190,8 @@ def test_the_roofline_shows_the_results_file(benchmark: Callable[[str], Any]) ->
             found,
             [
                 line
-                for line in lines
-                if line["commit"] == tables.commit_with_peers(lines)
-                and (line["impl"], line["launch"], line["metric"]) == (name, "graph", "fwd_bwd")
+                for line in tables.newest(lines)
+                if (line["impl"], line["launch"], line["metric"]) == (name, "graph", "fwd_bwd")
             ],
             strict=True,
         ):
