@@ -15,6 +15,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from mhc_megatron import kernels
+from mhc_megatron.errors import UserError
 from mhc_megatron.megatron.chunks import stage_place
 from mhc_megatron.megatron.delayed_wgrad import delay_weight_gradients
 from mhc_megatron.megatron.spec import gpt_block_spec, gpt_mtp_spec
@@ -143,7 +145,11 @@ def build_chunks(
     Returns:
         A chunk per virtual stage, or per stage that the schedule gives this rank, in the order of
         the model's layers; in half precision wrapped in Megatron's ``Float16Module``.
+
+    Raises:
+        UserError: ``mhc.backend="triton"`` where the kernels cannot run.
     """
+    require_kernels(config)
     if config.parallel.schedule == "megatron":
         virtual = config.parallel.virtual
         vp_stages = range(virtual) if virtual > 1 else [None]
@@ -151,6 +157,28 @@ def build_chunks(
     rank = parallel_state.get_pipeline_model_parallel_rank()
     stages = pipeline_schedule(config).placement.stages_on(rank)
     return [stage_chunk(config, megatron_config, stage, vocab_size=vocab_size) for stage in stages]
+
+
+def require_kernels(config: TrainConfig) -> None:
+    """Say before the model is built what its first step would.
+
+    Raises:
+        UserError: ``mhc.backend="triton"`` where the kernels cannot run, and why.
+    """
+    if config.mhc.backend != "triton" or config.model.residual != "mhc":
+        return
+    streams = torch.empty(
+        (0, config.mhc.num_streams, config.model.hidden_size),
+        dtype=DTYPES[config.dtype],
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    options = kernels.MappingOptions(projection=config.mhc.projection)
+    try:
+        kernels.choose_backend(streams, options=options, backend="triton")
+    except ValueError as error:
+        raise UserError(
+            f"mhc.{error}; set mhc.backend=auto, which would use the reference"
+        ) from None
 
 
 def _megatron_chunk(
