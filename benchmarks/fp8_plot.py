@@ -13,8 +13,9 @@ from pathlib import Path
 import matplotlib
 from fp8_training import CURVE, DTYPES
 from kernel_table import Line, read
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from multigpu_plot import PLAIN
+from plot_style import tidy
 
 COLOURS = dict(zip(DTYPES, ("#555555", "#0072B2", "#009E73", "#D55E00"), strict=True))
 DASHES: dict[str, tuple[float, ...]] = {"mHC": (), "plain": (3, 2)}
@@ -28,7 +29,7 @@ def curves(lines: list[Line]) -> dict[tuple[str, str], list[float]]:
     """
     runs: dict[str, dict[tuple[str, str], Line]] = {}
     for line in lines:
-        residual = "plain" if line["impl"] == "megatron_core" else "mHC"
+        residual = "plain" if line["impl"] == PLAIN else "mHC"
         runs.setdefault(line["run"], {}).setdefault((residual, line["shape"]["dtype"]), line)
     whole = {(residual, dtype) for residual in DASHES for dtype in DTYPES}
     complete = [run for run in runs.values() if run.keys() == whole]
@@ -43,27 +44,23 @@ def draw(lines: list[Line]) -> Figure:
     """Two panels."""
     figure = Figure(figsize=(10.0, 3.8), layout="constrained")
     losses, differences = figure.subplots(1, 2)
-    for (residual, dtype), curve in curves(lines).items():
+    shown = curves(lines)
+    for (residual, dtype), curve in shown.items():
         style = {"color": COLOURS[dtype], "dashes": DASHES[residual], "linewidth": 1.2}
         label = f"{residual}, {dtype}"
         steps = range(0, len(curve) * CURVE, CURVE)
         losses.plot(steps, curve, label=label, **style)
         if dtype != "bf16":
-            bf16 = curves(lines)[residual, "bf16"]
+            bf16 = shown[residual, "bf16"]
             more = [100 * (loss / other - 1) for loss, other in zip(curve, bf16, strict=True)]
             differences.plot(steps, more, label=label, **style)
     losses.set(xlabel="step", ylabel="loss, nats per token", title="loss")
     differences.set(xlabel="step", ylabel="%", title="above bf16")
     differences.axhline(0, color="#888888", linewidth=0.7)
     for axes in (losses, differences):
-        _tidy(axes)
+        axes.legend(frameon=False, fontsize=8)
+        tidy(axes)
     return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(color="#e6e6e6", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import matplotlib
 from kernel_table import Line, read
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from plot_style import tidy
 
 COLOURS = ("#888888", "#0072B2", "#D55E00", "#009E73")
 PLAIN = "megatron_core"
@@ -77,9 +78,8 @@ def draw(lines: list[Line]) -> Figure:
     figure = Figure(figsize=(5.0 * len(panels), 4.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes, lines)
-        axes.grid(color="#e6e6e6", linewidth=0.7)
+        tidy(axes)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
         axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[1]:

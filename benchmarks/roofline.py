@@ -15,6 +15,7 @@ import matplotlib
 from kernel_table import Line, newest, read
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from plot_style import tidy
 
 MARKERS = "os^Dv"
 COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
@@ -67,8 +68,7 @@ def draw(lines: list[Line]) -> Figure:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     axes.legend(frameon=False)
-    axes.grid(color="#e6e6e6", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return figure
 
 

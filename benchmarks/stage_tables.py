@@ -178,6 +178,12 @@ def step_graph(lines: list[Line], channels: int) -> str:
     return markdown(["residual", "eager", "GiB", "as one graph", "GiB"], body)
 
 
+def step_graphs(lines: list[Line]) -> str:
+    """``step_graph`` of every width."""
+    widths = dict.fromkeys(line["shape"]["C"] for line in lines)
+    return "\n\n".join(f"C = {width}\n\n{step_graph(lines, width)}" for width in widths)
+
+
 def training(lines: list[Line]) -> str:
     """Final losses of a model in bf16 and each FP8 recipe, a column per commit and seed."""
     lines = [line for line in lines if "seed" in line["shape"]]
@@ -229,14 +235,11 @@ if __name__ == "__main__":
         "te_blocks": blocks,
         "overlap": overlap,
         "multigpu": multigpu,
+        "step_graph": step_graphs,
         "fp8_training": training,
         "message_training": messages,
     }
     lines = read(path)
-    if path.stem == "step_graph":
-        for channels in dict.fromkeys(line["shape"]["C"] for line in lines):
-            print(f"C = {channels}", step_graph(lines, channels), sep="\n\n")
-        sys.exit()
     print(tables[path.stem](lines))
     if path.stem == "multigpu":
         print(p2p(lines))

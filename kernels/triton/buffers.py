@@ -104,9 +104,9 @@ class Buffers:
         """Of phi's parts."""
         return shape_of_factors(self.num_streams, self.num_logits, self.channels)
 
-    def programs_of(self, tile: Tile) -> int:
-        """Of a kernel whose programs may share a token's channels."""
-        return blocks(self.num_tokens, tile.tokens) * tile.splits(self.channels)
+    def programs_of(self, tile: Tile, numbers: int) -> int:
+        """Of a kernel whose programs may share so many numbers of a token."""
+        return blocks(self.num_tokens, tile.tokens) * tile.splits(numbers)
 
     @property
     def project_tile(self) -> Tile:
@@ -116,8 +116,7 @@ class Buffers:
     @cached_property
     def project_programs(self) -> int:
         """Of ``project_fwd``."""
-        tile, width = self.project_tile, self.num_streams * self.channels
-        return blocks(self.num_tokens, tile.tokens) * tile.splits(width)
+        return self.programs_of(self.project_tile, self.num_streams * self.channels)
 
     @cached_property
     def project_sums(self) -> int:
@@ -133,7 +132,11 @@ class Buffers:
     @cached_property
     def streams_sums(self) -> int:
         """float32 numbers that ``wide_streams_bwd`` leaves to ``add_splits``."""
-        return self.programs_of(self.streams_tile) * self.rows * self.streams_tile.tokens
+        return (
+            self.programs_of(self.streams_tile, self.channels)
+            * self.rows
+            * self.streams_tile.tokens
+        )
 
     @cached_property
     def splits(self) -> int:

@@ -155,9 +155,3 @@ def sigmoid_bwd(grad, logit, scale):
     """Gradient of ``scale * logit.sigmoid()``."""
     value = tl.sigmoid(logit)
     return grad * scale * value * (1.0 - value)
-
-
-@triton.jit
-def column(matrix, index, NP: tl.constexpr):
-    """Column ``index`` of [BT, NP], as [BT]."""
-    return tl.sum(tl.where(tl.arange(0, NP)[None, :] == index, matrix, 0.0), axis=1)

@@ -193,7 +193,7 @@ class Plan(Buffers):
                     self.has_bias,
                     self.single_pass,
                 ),
-                (self.programs_of(tile),),
+                (self.programs_of(tile, self.channels),),
                 (self.num_tokens,),
                 read,
             )

@@ -107,14 +107,6 @@ def load_streams(
 
 
 @triton.jit
-def narrowed(streams, dtype: tl.constexpr, N: tl.constexpr):
-    narrow = ()
-    for i in tl.static_range(N):
-        narrow = narrow + (streams[i].to(dtype),)
-    return narrow
-
-
-@triton.jit
 def widened(streams, N: tl.constexpr):
     """In float32."""
     wide = ()
