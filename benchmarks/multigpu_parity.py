@@ -141,7 +141,10 @@ def cases(num_ranks: int) -> dict[str, Case]:
     if torch.cuda.is_available():
         found |= {
             f"{name}_graph": replace(found[name], graph=True)
-            for name in ("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp4_dualpipe_v")
+            for name in (
+                *("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp2_dualpipe_v_overlap"),
+                *("tp2_sp_overlap", "pp4_dualpipe_v", "pp4_dualpipe_v_overlap"),
+            )
         }
     sizes = {name: ParallelConfig(**case.layout).world_size for name, case in found.items()}
     return {name: case for name, case in found.items() if sizes[name] <= num_ranks}

@@ -72,14 +72,9 @@ TRANSFORMER_IMPL: Any = (
 )
 
 
-def variants(schedule: str, launch: str) -> dict[str, Variant]:
-    """By name; a schedule that pairs forwards with backwards can also overlap them.
-
-    Not as a graph: ``cuda_graph`` refuses ``parallel.overlap``.
-    """
-    more = {"dualpipe_v": OVERLAPPED, NO_PIPELINE: PAIRED}.get(schedule, {})
-    found = VARIANTS | more
-    return {n: v for n, v in found.items() if v.overlap == "none" or not LAUNCHES[launch]}
+def variants(schedule: str) -> dict[str, Variant]:
+    """By name; a schedule that pairs forwards with backwards can also overlap them."""
+    return VARIANTS | {"dualpipe_v": OVERLAPPED, NO_PIPELINE: PAIRED}.get(schedule, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +280,7 @@ def step_lines(
             num_layers=num_layers,
             graph=LAUNCHES[launch],
         )
-        for name, variant in variants(schedule, launch).items()
+        for name, variant in variants(schedule).items()
     }
     yield from _variant_lines(ranks, configs, {"schedule": schedule}, launch)
 
@@ -320,11 +315,19 @@ def _variant_lines(
     ranks: Ranks, configs: dict[str, TrainConfig], shape: dict[str, Any], launch: str
 ) -> Iterator[dict[str, Any]]:
     """Lines of configurations by name, the first of which is what the others are compared with."""
-    by_rank = ranks.run(time_steps, ranks.num_ranks, list(configs.values()), seconds=SECONDS)
+    by_variant = _timed(ranks, list(configs.values()))
+    # Inside a graph no action is measured: what micro-batches more add to a step is.
+    longer = [_twice(config) for config in configs.values() if _has_hidden_stages(config)]
+    by_longer = _timed(ranks, longer) if longer else [None] * len(configs)
     baseline: dict[str, float] = {}
-    for index, (variant, config) in enumerate(configs.items()):
-        timed = [rank[index] for rank in by_rank]
-        for metric, value, unit, more in _figures(config, timed):
+    for (variant, config), timed, more_timed in zip(
+        configs.items(), by_variant, by_longer, strict=True
+    ):
+        figures = list(_figures(config, timed))
+        if more_timed is not None:
+            added = _step_ms(more_timed) - _step_ms(timed)
+            figures.append(("stage", added / config.num_micro_batches, "ms", {}))
+        for metric, value, unit, more in figures:
             line = {
                 "impl": "megatron_core" if variant == "plain" else f"mhc_megatron.{variant}",
                 "shape": {**_shape(config), **shape},
@@ -342,13 +345,34 @@ def _variant_lines(
             yield line
 
 
+def _timed(ranks: Ranks, configs: list[TrainConfig]) -> list[list[Timed]]:
+    """By configuration, what every rank measured."""
+    by_rank = ranks.run(time_steps, ranks.num_ranks, configs, seconds=SECONDS)
+    return [list(timed) for timed in zip(*by_rank, strict=True)]
+
+
+def _has_hidden_stages(config: TrainConfig) -> bool:
+    return config.cuda_graph and config.parallel.pipeline > 1
+
+
+def _twice(config: TrainConfig) -> TrainConfig:
+    return replace(config, global_batch_size=2 * config.global_batch_size)
+
+
+def _steps_ms(timed: list[Timed]) -> list[float]:
+    # A step ends when its last rank does.
+    return [1e3 * max(step) for step in zip(*(rank.seconds for rank in timed), strict=True)]
+
+
+def _step_ms(timed: list[Timed]) -> float:
+    return statistics.median(_steps_ms(timed))
+
+
 def _figures(
     config: TrainConfig, timed: list[Timed]
 ) -> Iterator[tuple[str, float, str, dict[str, Any]]]:
     """(metric, value, unit, other keys)."""
-    # A step ends when its last rank does.
-    steps = [1e3 * max(step) for step in zip(*(rank.seconds for rank in timed), strict=True)]
-    step = statistics.median(steps)
+    steps, step = _steps_ms(timed), _step_ms(timed)
     tokens = config.global_batch_size * config.model.seq_length
     yield "step", step, "ms", {"spread": [min(steps), max(steps)]}
     yield "throughput", tokens / step * 1e3, "tokens/s", {}

@@ -257,15 +257,6 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
             "cuda_graph=True does not combine with parallel.context=2: Megatron copies",
         ),
         (
-            lambda: TrainConfig(
-                cuda_graph=True,
-                global_batch_size=16,
-                parallel=OVERLAPPED,
-                mhc=MHCConfig(recompute="auto"),
-            ),
-            "cuda_graph=True does not combine with parallel.overlap='all': no test",
-        ),
-        (
             lambda: TrainConfig(cuda_graph=True, recompute="full"),
             "cuda_graph=True does not combine with recompute='full': .*, or set cuda_graph=False",
         ),

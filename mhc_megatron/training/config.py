@@ -310,12 +310,6 @@ class TrainConfig:
                 "use parallel.context=1, or set cuda_graph=False",
             ),
             (
-                self.parallel.overlap != "none",
-                f"parallel.overlap={self.parallel.overlap!r}",
-                "no test has captured the two threads of an overlap",
-                "use parallel.overlap='none', or set cuda_graph=False",
-            ),
-            (
                 self.recompute != "none",
                 f"recompute={self.recompute!r}",
                 "Megatron's recompute copies the states of random numbers to the host",

@@ -39,7 +39,8 @@ def distributed_runtime(
         config: its layout and seed.
         world: this process and how many there are.
         backend: of all process groups; None for NCCL on GPUs, and gloo inside ``cpu_runtime``
-            elsewhere. NCCL takes GPU memory for each of Megatron's groups, even of one rank.
+            elsewhere. As Megatron's own script does, a group gets no device: its communicator is
+            made, and takes GPU memory, when the group is first used, and most never are.
 
     Raises:
         UserError: the number of processes is not the layout's.
@@ -67,7 +68,6 @@ def distributed_runtime(
             timeout=timedelta(minutes=config.timeout_minutes),
             # A lone rank of srun has no address at which to meet itself.
             store=torch.distributed.HashStore() if world.world_size == 1 else None,
-            device_id=torch.device("cuda", world.local_rank) if backend == "nccl" else None,
         )
         stack.callback(torch.distributed.destroy_process_group)
         parallel_state.initialize_model_parallel(
