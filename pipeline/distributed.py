@@ -66,7 +66,7 @@ class DistributedTransport:
             for pipeline in pipelines:
                 pair = [pipeline[source], pipeline[target]]
                 # NCCL's own watchdog ends a process without naming an action: ours comes first.
-                group = dist.new_group(pair, timeout=2 * timeout)
+                group = dist.new_group(pair, timeout=2 * timeout, device_id=_connected(device))
                 if dist.get_rank() in pair:
                     self._edges[source, target] = group
         for edge, group in self._edges.items():
@@ -158,6 +158,11 @@ def _pipelines(ranks: Sequence[int]) -> list[list[int]]:
     found: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, list(ranks))
     return sorted({tuple(pipeline): pipeline for pipeline in found}.values())
+
+
+def _connected(device: torch.device) -> torch.device | None:
+    """With this device a group's communicator is made at once, for messages of all sizes."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
 
 
 def _capturing(tensor: Tensor) -> bool:

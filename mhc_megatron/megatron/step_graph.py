@@ -9,6 +9,7 @@ too, and in core 0.16 captures on another stream than that of the steps before.
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.tensor_parallel.random import get_all_rng_states
@@ -20,6 +21,16 @@ from mhc_megatron.errors import UserError
 EAGER_STEPS = 2
 
 Batch = dict[str, Tensor]
+
+_in_use: "WeakSet[StepGraph]" = WeakSet()
+
+
+def forget_graphs() -> None:
+    """Let every ``StepGraph`` begin again. NCCL waits for graphs that use a group to be gone before
+    it ends that group, for ever: call this before ``torch.distributed.destroy_process_group``.
+    """
+    for step in list(_in_use):
+        step.forget()
 
 
 @lru_cache(maxsize=1)
@@ -52,6 +63,7 @@ class StepGraph:
         self.function = function
         self._stream = capture_stream()
         self.forget()
+        _in_use.add(self)
 
     def forget(self) -> None:
         """Begin again with steps that run as they are: the model has other tensors now."""

@@ -17,7 +17,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.compat import forget_moe_metrics, require_supported_core
 from mhc_megatron.megatron.cpu_runtime import cpu_runtime
-from mhc_megatron.megatron.step_graph import capture_stream
+from mhc_megatron.megatron.step_graph import capture_stream, forget_graphs
 from mhc_megatron.training.config import TrainConfig
 
 # Different pipeline stages draw different weights (Megatron-LM's own stride).
@@ -91,6 +91,7 @@ def distributed_runtime(
         # A graph counts on the states of random numbers, and keeps them on the GPU.
         initialize_rng_tracker(use_cudagraphable_rng=config.cuda_graph, force_reset=True)
         set_seed(config.seed)
+        stack.callback(forget_graphs)
         try:
             yield
         except BaseException:
