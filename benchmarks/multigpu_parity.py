@@ -71,6 +71,7 @@ class Case:
         layout: arguments of ``ParallelConfig``.
         bound: see the module.
         experts: a mixture of experts.
+        padded: they drop tokens and have their inputs padded, as a graph needs it.
         engine: Transformer Engine's modules, which exchange keys and values over ranks.
         cuts: of the layers on the single GPU, evenly; those between this layout's chunks.
         halves: one GPU adds up either half of the micro-batches by itself.
@@ -83,6 +84,7 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     bound: Bound = "exact"
     experts: bool = False
+    padded: bool = False
     engine: bool = False
     cuts: int = 0
     halves: bool = False
@@ -93,11 +95,12 @@ class Case:
     @property
     def kind(self) -> str:
         """Of the model."""
-        return f"{'moe' if self.experts else 'dense'}{'_engine' * self.engine}"
+        kind = "moe" if self.experts else "dense"
+        return f"{kind}{'_padded' * self.padded}{'_engine' * self.engine}"
 
     def alone(self) -> "Case":
         """The single GPU's."""
-        return Case(experts=self.experts, engine=self.engine, cuts=self.cuts, halves=self.halves)
+        return replace(self, layout={}, bound="exact", graph=False, overlap=False, spoiled=False)
 
 
 def cases(num_ranks: int) -> dict[str, Case]:
@@ -129,6 +132,8 @@ def cases(num_ranks: int) -> dict[str, Case]:
         dualpipe_v = found[f"pp{ranks}_dualpipe_v"]
         layout = {**dualpipe_v.layout, **overlapped}
         found[f"pp{ranks}_dualpipe_v_overlap"] = replace(dualpipe_v, layout=layout)
+    found["pp2_dualpipe_v_experts"] = replace(found["pp2_dualpipe_v"], experts=True)
+    found["pp2_dualpipe_v_overlap_experts"] = replace(found["pp2_dualpipe_v_overlap"], experts=True)
     found |= {
         "pp4_interleaved": Case(layout={"pipeline": 4, "virtual": 2}, cuts=7),
         "ep4": Case(layout={"data": 4, "expert": 4}, bound="rounding", experts=True),
@@ -146,6 +151,7 @@ def cases(num_ranks: int) -> dict[str, Case]:
                 *("tp2_sp_overlap", "pp4_dualpipe_v", "pp4_dualpipe_v_overlap"),
             )
         }
+        found["ep2_overlap_graph"] = replace(found["ep2_overlap"], padded=True, graph=True)
     sizes = {name: ParallelConfig(**case.layout).world_size for name, case in found.items()}
     return {name: case for name, case in found.items() if sizes[name] <= num_ranks}
 
@@ -156,6 +162,7 @@ def run_config(
     layout: dict[str, Any],
     *,
     experts: bool = False,
+    padded: bool = False,
     engine: bool = False,
     graph: bool = False,
 ) -> TrainConfig:
@@ -163,6 +170,7 @@ def run_config(
     moe = {
         "num_moe_experts": NUM_EXPERTS,
         "moe_ffn_hidden_size": size["ffn_hidden_size"] // 2,
+        "moe_expert_capacity_factor": 1.0 if padded else None,
     }
     return TrainConfig(
         model=ModelConfig(**size, **(moe if experts else {})),
@@ -405,6 +413,7 @@ class Parity:
         return run_config(
             *(self._size, self._backend, case.layout),
             experts=case.experts,
+            padded=case.padded,
             engine=case.engine,
             graph=case.graph,
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from ranks import Ranks
 
 from mhc_megatron.config import Backend, MHCConfig
@@ -154,6 +155,10 @@ def _time(config: TrainConfig) -> Timed:
     # The optimizer keeps views of float32 parameters, behind which Python's collector cannot see:
     # without this the configuration and the model would keep each other, beside the next run.
     trainer.megatron_config.grad_scale_func = trainer.megatron_config.no_sync_func = None
+    for chunk in trainer.bare_chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):  # keeps the graph of its last micro-batch
+                vars(module.token_dispatcher).clear()
     on_gpu = torch.cuda.is_available()
     return Timed(
         seconds=[step.seconds for step in metrics[WARM_UP:]],
@@ -244,6 +249,7 @@ def _config(
         "num_moe_experts": size.experts,
         "moe_router_topk": ACTIVE,
         "moe_ffn_hidden_size": size.ffn // 8,
+        "moe_expert_capacity_factor": 1.0,
     }
     return TrainConfig(
         model=ModelConfig(
@@ -285,10 +291,13 @@ def step_lines(
     yield from _variant_lines(ranks, configs, {"schedule": schedule}, launch)
 
 
-def expert_lines(ranks: Ranks, size: Size, *, num_layers: int | None) -> Iterator[dict[str, Any]]:
+def expert_lines(
+    ranks: Ranks, size: Size, launch: str, *, num_layers: int | None
+) -> Iterator[dict[str, Any]]:
     """Result lines of a mixture of experts over all ranks, without a pipeline.
 
-    Under ``dualpipe_v`` a rank has two stages, whose exchanges an overlap can hide.
+    Every expert's input is padded, which a graph needs. Under ``dualpipe_v`` a rank has two stages,
+    whose exchanges an overlap can hide.
     """
     configs = {
         name: _config(
@@ -305,10 +314,11 @@ def expert_lines(ranks: Ranks, size: Size, *, num_layers: int | None) -> Iterato
             num_layers=num_layers or 4,
             num_mb=8,
             experts=True,
+            graph=LAUNCHES[launch],
         )
         for name, variant in (VARIANTS | PAIRED).items()
     }
-    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks}, "eager")
+    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks}, launch)
 
 
 def _variant_lines(
@@ -352,7 +362,7 @@ def _timed(ranks: Ranks, configs: list[TrainConfig]) -> list[list[Timed]]:
 
 
 def _has_hidden_stages(config: TrainConfig) -> bool:
-    return config.cuda_graph and config.parallel.pipeline > 1
+    return config.cuda_graph and config.parallel.world_size > 1
 
 
 def _twice(config: TrainConfig) -> TrainConfig:

@@ -240,7 +240,16 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
         (lambda: TrainConfig(fp8="hybrid"), "needs transformer_impl='transformer_engine': mega"),
         (
             lambda: TrainConfig(cuda_graph=True, model=ModelConfig(num_moe_experts=4)),
-            "cuda_graph=True does not combine with model.num_moe_experts=4: the host reads",
+            "cuda_graph=True does not combine with model.num_moe_experts=4: the host reads .*"
+            "; set model.moe_expert_capacity_factor, or cuda_graph=False",
+        ),
+        (
+            lambda: ModelConfig(num_moe_experts=4, moe_expert_capacity_factor=0.0),
+            "model.moe_expert_capacity_factor=0.0 must be positive; None drops no token",
+        ),
+        (
+            lambda: ModelConfig(moe_expert_capacity_factor=1.0),
+            "model.moe_expert_capacity_factor=1.0 needs model.num_moe_experts",
         ),
         (
             lambda: TrainConfig(

@@ -25,6 +25,9 @@ class ModelConfig:
             residual, the baseline.
         num_query_groups: key/value heads of grouped-query attention; None means one per head.
         num_moe_experts: routed experts per MoE layer; None makes every MLP dense.
+        moe_expert_capacity_factor: Megatron's; an expert takes as many tokens of a micro-batch as
+            its even share times this, and the others pass it by; with fewer its input is padded,
+            so that the host need not know the number. None: no token is dropped.
         moe_layer_freq: one MoE layer every this many layers, the first included.
         multi_latent_attention: DeepSeek's MLA instead of multi-head attention.
         mtp_num_layers: multi-token-prediction depths; None for none.
@@ -42,6 +45,7 @@ class ModelConfig:
     num_moe_experts: int | None = None
     moe_router_topk: int = 2
     moe_ffn_hidden_size: int = 256
+    moe_expert_capacity_factor: float | None = None
     moe_layer_freq: int = 1
     moe_aux_loss_coeff: float = 0.01
     multi_latent_attention: bool = False
@@ -75,6 +79,16 @@ class ModelConfig:
             raise UserError(
                 f"model.moe_router_topk={self.moe_router_topk} exceeds "
                 f"model.num_moe_experts={self.num_moe_experts}"
+            )
+        capacity = self.moe_expert_capacity_factor
+        if capacity is not None and not capacity > 0:
+            raise UserError(
+                f"model.moe_expert_capacity_factor={capacity} must be positive; None drops no token"
+            )
+        if capacity is not None and self.num_moe_experts is None:
+            raise UserError(
+                f"model.moe_expert_capacity_factor={capacity} needs model.num_moe_experts; this "
+                "model is dense"
             )
 
 
@@ -292,10 +306,11 @@ class TrainConfig:
     def _check_graph(self) -> None:
         refusals = (
             (
-                self.model.num_moe_experts is not None,
+                self.model.num_moe_experts is not None
+                and self.model.moe_expert_capacity_factor is None,
                 f"model.num_moe_experts={self.model.num_moe_experts}",
                 "the host reads how many tokens each expert has",
-                "use a dense model, or set cuda_graph=False",
+                "set model.moe_expert_capacity_factor, or cuda_graph=False",
             ),
             (
                 self.dtype == "fp16",

@@ -93,6 +93,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
             "num_moe_experts": model.num_moe_experts,
             "moe_router_topk": model.moe_router_topk,
             "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+            "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+            "moe_pad_expert_input_to_capacity": model.moe_expert_capacity_factor is not None,
             "moe_layer_freq": model.moe_layer_freq,
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
             "moe_token_dispatcher_type": "alltoall",

@@ -28,6 +28,11 @@ MICRO_BATCHES = 2
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"num_query_groups": 2},
     "moe": {"num_moe_experts": 4, "moe_ffn_hidden_size": 256},
+    "padded": {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 256,
+        "moe_expert_capacity_factor": 1.0,
+    },
     "mla": {"multi_latent_attention": True},
 }
 POLICIES = {

@@ -32,6 +32,7 @@ PLAIN = MHCConfig(sinkhorn_iterations=3)
 ALONE = {"schedule": "dualpipe_v"}  # two stages on a rank without neighbours
 SEQUENCE = {"tensor": 2, "sequence": True}
 EXPERTS = {**V, "data": 2, "expert": 2}
+PADDED = {**MOE, "moe_expert_capacity_factor": 0.75}
 # name: (model, layout, hyper-connections, mode)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], MHCConfig, str]] = {
     "dense_all": (DENSE, V, BLOCKS, "all"),
@@ -51,6 +52,7 @@ if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refu
         "experts_post": (MOE, EXPERTS, PLAIN, "post"),
         "experts_recompute": (MOE, EXPERTS, BLOCKS, "recompute"),
         "experts_all": (MOE, EXPERTS, BLOCKS, "all"),
+        "padded_experts_all": (PADDED, EXPERTS, BLOCKS, "all"),
         "experts_all_dualpipe": (MOE, {**EXPERTS, "schedule": "dualpipe"}, BLOCKS, "all"),
     }
 
@@ -70,7 +72,7 @@ def test_the_same_bits(
     model, layout, mhc, mode = RUNS[name]
     folder = tmp_path_factory.mktemp(name)
     options = {"mhc": mhc, "global_batch_size": NUM_MB * layout.get("data", 1)}
-    key = (bool(model), mhc.recompute, *layout.items())
+    key = (*model.items(), mhc.recompute, *layout.items())
     if key not in serial:
         initial, gradients = folder / "initial", folder / "serial"
         initial.mkdir()
