@@ -134,11 +134,11 @@ def experts(bench: Bench) -> None:
     """Step times of expert parallelism over all ranks."""
     import multigpu_steps as part
 
-    for model, launch in product(bench.args.models, bench.args.launches):
-        case = (_size(bench, model), launch)
+    for model in bench.args.models:
+        size = _size(bench, model)
         bench.attempt(
-            f"experts {model} {launch}",
-            lambda case=case: part.expert_lines(bench.ranks, *case, num_layers=bench.args.layers),
+            f"experts {model}",
+            lambda size=size: part.expert_lines(bench.ranks, size, num_layers=bench.args.layers),
         )
 
 
@@ -215,7 +215,7 @@ def main() -> int:
         "--launches",
         nargs="+",
         choices=("eager", "graph"),
-        help="of steps, experts and scaling (default: both on GPUs)",
+        help="of steps and scaling (default: both on GPUs)",
     )
     parser.add_argument(
         "--models",

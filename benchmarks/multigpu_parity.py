@@ -71,7 +71,7 @@ class Case:
         layout: arguments of ``ParallelConfig``.
         bound: see the module.
         experts: a mixture of experts.
-        padded: they drop tokens and have their inputs padded, as a graph needs it.
+        padded: they drop tokens, and have their inputs padded.
         engine: Transformer Engine's modules, which exchange keys and values over ranks.
         cuts: of the layers on the single GPU, evenly; those between this layout's chunks.
         halves: one GPU adds up either half of the micro-batches by itself.
@@ -132,6 +132,7 @@ def cases(num_ranks: int) -> dict[str, Case]:
         dualpipe_v = found[f"pp{ranks}_dualpipe_v"]
         layout = {**dualpipe_v.layout, **overlapped}
         found[f"pp{ranks}_dualpipe_v_overlap"] = replace(dualpipe_v, layout=layout)
+    found["ep2_padded"] = replace(found["ep2"], padded=True)
     found["pp2_dualpipe_v_experts"] = replace(found["pp2_dualpipe_v"], experts=True)
     found["pp2_dualpipe_v_overlap_experts"] = replace(found["pp2_dualpipe_v_overlap"], experts=True)
     found |= {
@@ -146,12 +147,8 @@ def cases(num_ranks: int) -> dict[str, Case]:
     if torch.cuda.is_available():
         found |= {
             f"{name}_graph": replace(found[name], graph=True)
-            for name in (
-                *("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp2_dualpipe_v_overlap"),
-                *("tp2_sp_overlap", "pp4_dualpipe_v", "pp4_dualpipe_v_overlap"),
-            )
+            for name in ("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp4_dualpipe_v")
         }
-        found["ep2_overlap_graph"] = replace(found["ep2_overlap"], padded=True, graph=True)
     sizes = {name: ParallelConfig(**case.layout).world_size for name, case in found.items()}
     return {name: case for name, case in found.items() if sizes[name] <= num_ranks}
 

@@ -22,6 +22,7 @@ from ranks import Ranks
 
 from mhc_megatron.config import Backend, MHCConfig
 from mhc_megatron.launch.environment import World
+from mhc_megatron.megatron.attention import AttentionKernels, attention_kernels
 from mhc_megatron.megatron.step_graph import StepGraph
 from mhc_megatron.pipeline.measure import Spans, costs_of, timeline_of
 from mhc_megatron.pipeline.simulate import simulate
@@ -73,9 +74,14 @@ TRANSFORMER_IMPL: Any = (
 )
 
 
-def variants(schedule: str) -> dict[str, Variant]:
-    """By name; a schedule that pairs forwards with backwards can also overlap them."""
-    return VARIANTS | {"dualpipe_v": OVERLAPPED, NO_PIPELINE: PAIRED}.get(schedule, {})
+def variants(schedule: str, launch: str) -> dict[str, Variant]:
+    """By name; a schedule that pairs forwards with backwards can also overlap them.
+
+    Not as a graph: ``cuda_graph`` refuses ``parallel.overlap``.
+    """
+    more = {"dualpipe_v": OVERLAPPED, NO_PIPELINE: PAIRED}.get(schedule, {})
+    found = VARIANTS | more
+    return {n: v for n, v in found.items() if v.overlap == "none" or not LAUNCHES[launch]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +128,14 @@ class Timed:
         receiving: seconds inside receives in the measured step, under Megatron's own schedules.
         spans: of all ranks' actions in the measured step, under a schedule of ours.
         peak_bytes: allocated at most; 0 without a GPU.
+        attention: kernels that Transformer Engine computed it with, if it did.
     """
 
     seconds: list[float]
     receiving: float
     spans: list[Spans]
     peak_bytes: int
+    attention: AttentionKernels | None
 
 
 def time_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Timed]:
@@ -165,6 +173,7 @@ def _time(config: TrainConfig) -> Timed:
         receiving=timers.receiving(),
         spans=last.spans,
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+        attention=attention_kernels(),
     )
 
 
@@ -286,18 +295,16 @@ def step_lines(
             num_layers=num_layers,
             graph=LAUNCHES[launch],
         )
-        for name, variant in variants(schedule).items()
+        for name, variant in variants(schedule, launch).items()
     }
     yield from _variant_lines(ranks, configs, {"schedule": schedule}, launch)
 
 
-def expert_lines(
-    ranks: Ranks, size: Size, launch: str, *, num_layers: int | None
-) -> Iterator[dict[str, Any]]:
+def expert_lines(ranks: Ranks, size: Size, *, num_layers: int | None) -> Iterator[dict[str, Any]]:
     """Result lines of a mixture of experts over all ranks, without a pipeline.
 
-    Every expert's input is padded, which a graph needs. Under ``dualpipe_v`` a rank has two stages,
-    whose exchanges an overlap can hide.
+    Every expert's input is padded: what exchanges take does not depend on the router. Under
+    ``dualpipe_v`` a rank has two stages, whose exchanges an overlap can hide.
     """
     configs = {
         name: _config(
@@ -314,11 +321,10 @@ def expert_lines(
             num_layers=num_layers or 4,
             num_mb=8,
             experts=True,
-            graph=LAUNCHES[launch],
         )
         for name, variant in (VARIANTS | PAIRED).items()
     }
-    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks}, launch)
+    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks}, "eager")
 
 
 def _variant_lines(
@@ -345,6 +351,7 @@ def _variant_lines(
                 "value": value,
                 "unit": unit,
                 "launch": launch,
+                **_attention(timed),
                 **more,
             }
             if variant == "plain":
@@ -361,8 +368,12 @@ def _timed(ranks: Ranks, configs: list[TrainConfig]) -> list[list[Timed]]:
     return [list(timed) for timed in zip(*by_rank, strict=True)]
 
 
+def _attention(timed: list[Timed]) -> dict[str, str]:
+    return {} if timed[0].attention is None else {"attention": timed[0].attention}
+
+
 def _has_hidden_stages(config: TrainConfig) -> bool:
-    return config.cuda_graph and config.parallel.world_size > 1
+    return config.cuda_graph and config.parallel.pipeline > 1
 
 
 def _twice(config: TrainConfig) -> TrainConfig:
@@ -451,6 +462,7 @@ def scaling_lines(
                 "value": value,
                 "unit": unit,
                 "launch": launch,
+                **_attention([rank[0] for rank in by_rank]),
                 **more,
             }
             if metric == "throughput":

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mhc_megatron.megatron.attention import attention_kernels
+
 
 def provenance(commit: str | None) -> dict[str, Any]:
     """Machine, versions, commit and one identifier for everything measured by this process.
@@ -39,7 +41,14 @@ def provenance(commit: str | None) -> dict[str, Any]:
 
 
 def append(folder: Path, line: dict[str, Any], source: dict[str, Any]) -> None:
-    """Add a line, with its ``provenance``, to the file of its benchmark."""
+    """Add a line, with its ``provenance``, to the file of its benchmark.
+
+    Where Transformer Engine computed attention, in this process or by the line's own word, it says
+    with which kernels.
+    """
+    attention = attention_kernels()
+    if attention is not None:
+        line = {"attention": attention, **line}
     with (folder / f"{line['benchmark']}.jsonl").open("a") as file:
         file.write(json.dumps({**line, **source}) + "\n")
 

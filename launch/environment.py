@@ -93,6 +93,11 @@ def cuda_connections() -> str | None:
     return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
 
 
+def look_for_cudnn_in(folder: Path) -> None:
+    """Where Transformer Engine looks first for the cuDNN that it opens."""
+    os.environ["CUDNN_HOME"] = str(folder)
+
+
 def allows_pickled_scales() -> bool:
     """Whether Transformer Engine may load pickles from checkpoints."""
     return os.environ.get("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE") == "1"

@@ -85,6 +85,9 @@ def training_loop(world: World | None) -> Iterator[ModuleType]:
     Args:
         world: this process among the run's; None if it is the only one.
     """
+    from mhc_megatron.cudnn import load_torchs_cudnn
+
+    load_torchs_cudnn()  # before megatron-core imports Transformer Engine
     import megatron.core
 
     from mhc_megatron.megatron.compat import require_training_loop, typing_override

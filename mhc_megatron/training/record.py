@@ -12,6 +12,7 @@ import megatron.core
 import torch
 
 from mhc_megatron.gains import gain_magnitudes
+from mhc_megatron.megatron.attention import attention_kernels
 from mhc_megatron.report.curves import peak
 from mhc_megatron.report.html import layout_text, write_report
 from mhc_megatron.report.metrics import MetricsLog, RunInfo, write_run
@@ -24,6 +25,11 @@ from mhc_megatron.training.model import config_dict
 from mhc_megatron.training.pipeline import pipeline_schedule
 from mhc_megatron.training.probe import Mappings
 from mhc_megatron.training.trainer import StepMetrics
+
+UNFUSED = (
+    "Transformer Engine computes attention without a fused kernel, several times slower than with "
+    "one; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why, docs/install.md what to do"
+)
 
 
 class RunRecord:
@@ -73,6 +79,8 @@ class RunRecord:
             line["joules_per_token"] = metrics.gpus.joules / metrics.tokens
             line["gpu_busy"] = metrics.gpus.busy
         self._loss = metrics.loss
+        if not self._step_ms and attention_kernels() == "unfused":
+            self._progress.note(UNFUSED)
         self._step_ms.append(line["step_ms"])
         self._log.write(line)
         self._board.write(line)

@@ -26,12 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "single_pass": {"mhc": MHCConfig(variant="single_pass")},
     "local": {"impl": "local"},
     "mla": {"model": "mla"},
-    "overlap": {
-        "mhc": MHCConfig(recompute="auto"),
-        "layers": 4,  # two stages on the one rank
-        "schedule": "dualpipe_v",
-        "overlap": "all",
-    },
     **{recipe: {"recipe": recipe} for recipe in engine.RECIPES if recipe is not None},
 }
 
@@ -74,8 +68,7 @@ def run(data: DataConfig, folder: Path, *, graph: bool, **case: Any) -> tuple[li
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_of_eager_steps(name: str, data: DataConfig, tmp_path: Path) -> None:
-    eager = {**CASES[name], "overlap": "none"}
-    expected, _ = run(data, tmp_path / "eager", graph=False, **eager)
+    expected, _ = run(data, tmp_path / "eager", graph=False, **CASES[name])
     found, trainer = run(data, tmp_path / "graph", graph=True, **CASES[name])
     assert found == expected
     assert len({loss for loss in found if isinstance(loss, tuple)}) == STEPS

@@ -46,22 +46,13 @@ RECIPES = (None, "delayed", "tensorwise", "blockwise")
 
 
 def run_config(
-    model: str,
-    recipe: str | None = None,
-    *,
-    mhc: MHCConfig | None = None,
-    impl: Impl | None = None,
-    layers: int = LAYERS,
-    **layout: Any,
+    model: str, recipe: str | None = None, *, mhc: MHCConfig | None = None, impl: Impl | None = None
 ) -> TrainConfig:
-    """Three layers of width 256 in bf16, their products in FP8 if there is a recipe.
-
-    ``layout`` has the names of ``ParallelConfig``.
-    """
+    """Three layers of width 256 in bf16, their products in FP8 if there is a recipe."""
     options: dict[str, Any] = {} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe}
     return TrainConfig(
         model=ModelConfig(
-            num_layers=layers,
+            num_layers=LAYERS,
             hidden_size=256,
             num_attention_heads=4,
             ffn_hidden_size=512,
@@ -69,7 +60,7 @@ def run_config(
             **MODELS[model],
         ),
         mhc=mhc or MHCConfig(),
-        parallel=ParallelConfig(distributed_optimizer=True, **layout),
+        parallel=ParallelConfig(distributed_optimizer=True),
         micro_batch_size=1,
         global_batch_size=MICRO_BATCHES,
         dtype="bf16",
