@@ -2,13 +2,14 @@
 
     python benchmarks/multigpu_plot.py benchmarks/results/h100/multigpu.jsonl docs/multigpu.svg
 
-Every panel is of the commit at which its figures were measured last, and of that commit's runs the
-latest that has a figure. What was not measured leaves its panel out.
+Every figure is of the last run that measured its layout, width and launch. What was not measured
+leaves its panel out.
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from kernel_table import Line, read
@@ -22,23 +23,41 @@ WAYS = ("one way", "both ways")
 
 
 def latest(lines: list[Line], metric: str) -> list[Line]:
-    """Lines of ``metric``, of its last commit; a later line replaces one of the same work."""
+    """Lines of ``metric``: of every layout, width and launch those of its last run.
+
+    Ratios hold within a run only.
+    """
     lines = [line for line in lines if line["metric"] == metric]
-    found: dict[str, Line] = {}
-    for line in lines:
-        if line["commit"] == lines[-1]["commit"]:
-            work = f"{line['impl']} {sorted(line['shape'].items())} {line.get('launch')}"
-            found[work] = line
-    return list(found.values())
+    runs = {_work(line): line["run"] for line in lines}
+    return [line for line in lines if line["run"] == runs[_work(line)]]
 
 
-def steps(lines: list[Line]) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step by implementation and schedule, and C where there are several."""
+def _work(line: Line) -> tuple[Any, ...]:
+    layout = ("schedule", "expert", "data", "directions", "ranks", "C")
+    return (*(line["shape"].get(name) for name in layout), line.get("launch"))
+
+
+def steps(lines: list[Line], metric: str = "step") -> dict[str, dict[str, float]]:
+    """Milliseconds of a step, or of a ``stage``, by implementation and schedule.
+
+    A schedule's name says C where there are several.
+    """
+    return _by_layout(lines, metric, "schedule", lambda schedule: schedule)
+
+
+def experts(lines: list[Line]) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step of expert parallelism by implementation and layout."""
+    return _by_layout(lines, "step", "expert", lambda ranks: f"EP={ranks}")
+
+
+def _by_layout(
+    lines: list[Line], metric: str, layout: str, named: Callable[[Any], str]
+) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    timed = [line for line in latest(lines, "step") if "schedule" in line["shape"]]
-    widths = {line["shape"]["C"] for line in timed}
+    timed = [line for line in latest(lines, metric) if layout in line["shape"]]
+    widths = {line["shape"]["C"] for line in lines if layout in line["shape"]}
     for line in timed:
-        name = line["shape"]["schedule"]
+        name = named(line["shape"][layout])
         name += f", C={line['shape']['C']}" if len(widths) > 1 else ""
         name += ", as a graph" if line.get("launch") == "graph" else ""
         found.setdefault(line["impl"], {})[name] = line["value"]
@@ -55,13 +74,13 @@ def bandwidths(lines: list[Line]) -> dict[tuple[str, str], dict[int, float]]:
 
 
 def scaling(lines: list[Line]) -> dict[str, dict[int, float]]:
-    """Tokens per second by C and launch, and data-parallel ranks."""
+    """Tokens per second by C and launch, and data-parallel ranks, where there are several."""
     found: dict[str, dict[int, float]] = {}
     for line in latest(lines, "throughput"):
         if "data" in line["shape"]:
             name = f"C={line['shape']['C']}, {line.get('launch', 'eager')}"
             found.setdefault(name, {})[line["shape"]["data"]] = line["value"]
-    return found
+    return {name: rates for name, rates in found.items() if len(rates) > 1}
 
 
 def draw(lines: list[Line]) -> Figure:

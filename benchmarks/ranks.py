@@ -20,7 +20,12 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from helpers import layouts
 from helpers.pool import WorkerFailed, WorkerPool
 
-__all__ = ["Ranks", "WorkerFailed", "layouts", "start"]
+__all__ = ["OutOfTime", "Ranks", "WorkerFailed", "layouts", "start"]
+
+
+class OutOfTime(WorkerFailed):
+    """Nothing is left of ``begin``'s time; the processes are as they were."""
+
 
 STARTING = 120.0  # seconds until processes have imported what they need
 _MOST = 0.9  # of a job's time, after which it says where it is
@@ -72,6 +77,7 @@ class Ranks:
             seconds: limit of this job; what is left of ``begin``'s counts as well.
 
         Raises:
+            OutOfTime: ``begin``'s time is over.
             WorkerFailed: it failed on some rank, or took too long; the processes are gone.
         """
         return self._run(self._start(), seconds, job, num_ranks, *arguments)
@@ -98,7 +104,7 @@ class Ranks:
             self._deadline = time.monotonic() + self._allowed
         left = min(seconds * self._patience, self._deadline - time.monotonic())
         if left <= 0:
-            raise WorkerFailed("no time is left for it")
+            raise OutOfTime("no time is left for it")
         pool.timeout = left
         return pool.run(shown, num_ranks, _MOST * left, job, *arguments)
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from kernel_table import Line, markdown, read
-from multigpu_plot import PLAIN, bandwidths, steps
+from multigpu_plot import PLAIN, bandwidths, experts, scaling, steps
 
 _PLAIN_STAGE = "megatron-core"
 
@@ -108,22 +108,60 @@ def slowdowns(lines: list[Line], launch: str = "eager") -> str:
 
 
 def multigpu(lines: list[Line]) -> str:
-    """Steps of pipelines over several GPUs: the plain residual, and what mHC adds, by variant."""
-    found = steps(lines)
-    plain = found.pop(PLAIN)
+    """Steps of pipelines over several GPUs: the plain residual, and what mHC adds, by variant.
+
+    In brackets the same of a stage, without bubbles and optimizer, where it was measured.
+    """
+    return _added("schedule", steps(lines), steps(lines, "stage"))
+
+
+def multigpu_experts(lines: list[Line]) -> str:
+    """Steps of expert parallelism over several GPUs, likewise."""
+    return _added("layout", experts(lines), {})
+
+
+def _added(
+    what: str, found: dict[str, dict[str, float]], stages: dict[str, dict[str, float]]
+) -> str:
+    plain, plain_stages = found.pop(PLAIN), stages.get(PLAIN, {})
+    body = []
+    for layout, base in plain.items():
+        stage = plain_stages.get(layout)
+        row = [layout, f"{base:.0f} ms" + ("" if stage is None else f" ({stage:.1f} ms)")]
+        for name, times in found.items():
+            cell = ""
+            if layout in times:
+                cell = _more(times[layout], base)
+                own = stages.get(name, {}).get(layout)
+                if stage is not None and own is not None:
+                    cell += f" ({_more(own, stage)})"
+            row.append(cell)
+        body.append(row)
+    names = [name.removeprefix("mhc_megatron.") for name in found]
+    return markdown([what, "plain", *names], body)
+
+
+def _more(value: float, base: float) -> str:
+    return f"{100 * (value / base - 1):+.1f} %"
+
+
+def multigpu_scaling(lines: list[Line]) -> str:
+    """Tokens per second over data-parallel GPUs, in brackets over that of one GPU times theirs."""
+    found = scaling(lines)
+    sizes = sorted({size for rates in found.values() for size in rates})
     body = [
         [
-            schedule,
-            f"{base:.0f} ms",
+            name,
             *(
-                f"{100 * (times[schedule] / base - 1):+.0f} %" if schedule in times else ""
-                for times in found.values()
+                f"{rates[size]:.0f} ({rates[size] / (size * rates[sizes[0]]):.2f})"
+                if size in rates
+                else ""
+                for size in sizes
             ),
         ]
-        for schedule, base in plain.items()
+        for name, rates in found.items()
     ]
-    names = [name.removeprefix("mhc_megatron.") for name in found]
-    return markdown(["schedule", "plain", *names], body)
+    return markdown(["tokens/s", *(f"DP={size}" for size in sizes)], body)
 
 
 def parity(lines: list[Line]) -> str:
@@ -242,6 +280,10 @@ if __name__ == "__main__":
     lines = read(path)
     print(tables[path.stem](lines))
     if path.stem == "multigpu":
+        if experts(lines):
+            print(multigpu_experts(lines))
+        if scaling(lines):
+            print(multigpu_scaling(lines))
         print(p2p(lines))
         print(parity(lines))
     if path.stem == "te_blocks" and any(line.get("launch") == "graph" for line in lines):

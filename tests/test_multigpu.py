@@ -61,16 +61,35 @@ def test_a_killed_rank_ends_the_job_and_is_named(lines: dict[str, Any]) -> None:
     assert 0 < line["value"] < line["timeout"] + 10
 
 
+def test_a_call_takes_less_than_nine_minutes_whatever_its_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import multigpu
+    from ranks import OutOfTime, Ranks
+
+    for parts in (list(multigpu.LIMITS), ["steps"], ["parity", "kill"]):
+        assert sum(multigpu.limit(parts, name) for name in parts) == pytest.approx(510)
+    assert multigpu.LIMITS.keys() == multigpu.PARTS.keys()
+    ranks = Ranks(2)
+    ranks.begin(0.0)
+    bench = multigpu.Bench(None, ranks, Path(), {})
+    bench.attempt("zb_h1", lambda: iter(ranks._run(None, 60.0, print, 2)))
+    assert (bench.left_out, bench.failed) == (["zb_h1"], 0)
+    with pytest.raises(OutOfTime):
+        ranks._run(None, 60.0, print, 2)
+
+
 def test_the_picture_has_a_panel_for_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import multigpu_plot as plot
 
     shape = {"ranks": 2, "C": 8, "layers": 4, "schedule": "zb_h1"}
-    common = {"gpu": "H", "commit": "a"}
+    common = {"gpu": "H", "run": "a"}
 
-    def step(impl: str, value: float, commit: str = "a") -> dict[str, Any]:
-        line = {"impl": impl, "metric": "step", "value": value, "shape": shape}
-        return {**line, **common, "commit": commit}
+    def step(impl: str, value: float, run: str = "a", **more: Any) -> dict[str, Any]:
+        line = {"impl": impl, "metric": "step", "value": value, "shape": {**shape, **more}}
+        return {**line, **common, "run": run}
 
     found = [step("megatron_core", 9.0, "old"), step("megatron_core", 100.0)]
     found += [step("mhc_megatron.mhc", 200.0), step("mhc_megatron.mhc", 106.0)]
@@ -85,3 +104,43 @@ def test_the_picture_has_a_panel_for_what_was_measured(monkeypatch: pytest.Monke
     found += [{**throughput, "value": 9.0, "shape": {"data": 2, "C": 8}}]
     assert plot.scaling(found) == {"C=8, eager": {1: 5.0, 2: 9.0}}
     assert len(plot.draw(found).axes) == 2
+
+
+def test_tables_say_what_hyper_connections_add_within_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import stage_tables as tables
+
+    def line(impl: str, metric: str, value: float, run: str, **shape: Any) -> dict[str, Any]:
+        shape = {"ranks": 2, "C": 8, **shape}
+        return {"impl": impl, "metric": metric, "value": value, "shape": shape, "run": run}
+
+    plain, ours = "megatron_core", "mhc_megatron.mhc"
+    one = {"schedule": "zb_h1"}
+    lines = [
+        line(ours, "step", 999.0, "old", **one),  # of a run that was repeated
+        line(plain, "step", 100.0, "a", **one),
+        line(plain, "stage", 10.0, "a", **one),
+        line(ours, "step", 106.0, "a", **one),
+        line(ours, "stage", 10.5, "a", **one),
+        line(plain, "step", 50.0, "b", schedule="dualpipe_v"),
+        line(ours, "step", 60.0, "b", schedule="dualpipe_v"),
+        line(plain, "step", 40.0, "b", expert=2),
+        line(ours, "step", 50.0, "b", expert=2),
+        line(ours, "throughput", 5.0, "b", data=1),
+    ]
+    assert tables.multigpu(lines).splitlines() == [
+        "| schedule | plain | mhc |",
+        "| --- | --- | --- |",
+        "| zb_h1 | 100 ms (10.0 ms) | +6.0 % (+5.0 %) |",
+        "| dualpipe_v | 50 ms | +20.0 % |",
+    ]
+    assert tables.multigpu_experts(lines).splitlines()[2:] == ["| EP=2 | 40 ms | +25.0 % |"]
+    assert tables.scaling(lines) == {}
+    lines.append(line(ours, "throughput", 9.0, "b", data=2))
+    assert tables.multigpu_scaling(lines).splitlines() == [
+        "| tokens/s | DP=1 | DP=2 |",
+        "| --- | --- | --- |",
+        "| C=8, eager | 5 (1.00) | 9 (0.90) |",
+    ]
