@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import fake_deep_ep
 from helpers.pool import WorkerPool
 
 MAX_RANKS = 4
@@ -63,3 +64,11 @@ def workers(_pools: list[WorkerPool]) -> WorkerPool:
             pool.close()
         _pools[:] = [WorkerPool(MAX_RANKS)]
     return _pools[-1]
+
+
+@pytest.fixture(scope="session")
+def deep_ep_workers() -> Iterator[WorkerPool]:
+    """Two processes with a stand-in for DeepEP; what it does not show, ``fake_deep_ep`` says."""
+    pool = WorkerPool(2, prepare=fake_deep_ep.install)
+    yield pool
+    pool.close()

@@ -18,6 +18,11 @@ from mhc_megatron.training.schedule import learning_rate
 
 FP8 = ParallelConfig(pipeline=2, schedule="zb_h1", messages="fp8")
 OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
+FLEX = ModelConfig(num_moe_experts=4, moe_token_dispatcher="flex")
+ON_GPUS: dict[str, Any] = {
+    "dtype": "bf16",
+    "parallel": ParallelConfig(data=2, expert=2, distributed_optimizer=True),
+}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +243,32 @@ OVERLAPPED = ParallelConfig(pipeline=2, schedule="dualpipe_v", overlap="all")
             "fp8_amax_history_len=1024, fp8_amax_compute_algo='most_recent': only delayed scaling",
         ),
         (lambda: TrainConfig(fp8="hybrid"), "needs transformer_impl='transformer_engine': mega"),
+        (
+            lambda: ModelConfig(moe_token_dispatcher="allgather"),  # type: ignore[arg-type]
+            "model.moe_token_dispatcher='allgather' is not one of alltoall, flex",
+        ),
+        (
+            lambda: TrainConfig(model=ModelConfig(moe_token_dispatcher="flex")),
+            "model.num_moe_experts=None: a dense model dispatches no tokens; set model.moe_token",
+        ),
+        (
+            lambda: TrainConfig(model=FLEX),
+            "Megatron has it exchange tokens between ranks only; raise parallel.expert, or set",
+        ),
+        (
+            lambda: TrainConfig(
+                model=dataclasses.replace(FLEX, moe_expert_capacity_factor=1.0), **ON_GPUS
+            ),
+            "model.moe_expert_capacity_factor=1.0: DeepEP does not pad .*; set it to None, or set",
+        ),
+        (
+            lambda: TrainConfig(model=FLEX, cuda_graph=True, **ON_GPUS),
+            "cuda_graph=True: the host waits .*; set cuda_graph=False, or set model.moe_token",
+        ),
+        (
+            lambda: TrainConfig(model=FLEX, parallel=ParallelConfig(data=2, expert=2)),
+            "dtype='fp32': DeepEP sums up tokens in bf16 only; set dtype='bf16', or set model.moe",
+        ),
         (
             lambda: TrainConfig(cuda_graph=True, model=ModelConfig(num_moe_experts=4)),
             "cuda_graph=True does not combine with model.num_moe_experts=4: the host reads",

@@ -62,35 +62,49 @@ def reject_unsupported_overlap(chain: LayerChain | None, mode: OverlapMode) -> L
             f"{where} with mhc.recompute='none' has no rebuild to run ahead; use "
             "parallel.overlap='post', or mhc.recompute='auto'"
         )
-    moe = config.num_moe_experts is not None
-    conflicts = (
+    dispatcher, backend = None, None
+    if config.num_moe_experts is not None:
+        dispatcher = config.moe_token_dispatcher_type
+        backend = config.moe_flex_dispatcher_backend if dispatcher == "flex" else None
+    change = "change one of them"
+    refusals = (
         (
             config.recompute_granularity == "full",
             "recompute_granularity='full'",
             "a checkpointed layer runs its whole backward at once",
+            change,
         ),
-        (config.fp8, "fp8", "no test shows that amax histories stay those of a serial run"),
+        (config.fp8, "fp8", "no test shows that amax histories stay those of a serial run", change),
         (
-            moe and config.moe_token_dispatcher_type != "alltoall",
-            f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}",
-            "only the all-to-all dispatcher's exchanges are known to be one call each",
+            dispatcher not in (None, "alltoall", "flex"),
+            f"moe_token_dispatcher_type={dispatcher!r}",
+            "it gathers all tokens, and what it keeps of them is not known to the lanes",
+            "use 'alltoall', or 'flex' with moe_flex_dispatcher_backend='deepep'",
         ),
         (
-            moe and config.moe_shared_expert_overlap,
+            backend not in (None, "deepep"),
+            f"moe_flex_dispatcher_backend={backend!r}",
+            "of the flex dispatcher's backends only DeepEP's tensors are known to the lanes",
+            "use 'deepep', or moe_token_dispatcher_type='alltoall'",
+        ),
+        (
+            dispatcher is not None and config.moe_shared_expert_overlap,
             "moe_shared_expert_overlap=True",
             "it has a stream of its own between the same exchanges",
+            change,
         ),
         (
             config.recompute_granularity == "selective" and "moe" in config.recompute_modules,
             "recompute_modules with 'moe'",
             "a checkpointed MoE layer runs its whole backward at once",
+            change,
         ),
         (
             getattr(config, "cuda_graph_impl", "none") != "none",
             f"cuda_graph_impl={getattr(config, 'cuda_graph_impl', None)!r}",
             "a captured layer has no boundaries inside",
+            change,
         ),
     )
-    refusals = ((*conflict, "change one of them") for conflict in conflicts)
     refuse_first(where, refusals, what_first=True)
     return chain

@@ -29,6 +29,8 @@ class ModelConfig:
             its even share times this, and the others pass it by; with fewer its input is padded,
             so that the host need not know the number. None: no token is dropped.
         moe_layer_freq: one MoE layer every this many layers, the first included.
+        moe_token_dispatcher: Megatron's: ``alltoall``, or ``flex`` with DeepEP, which needs GPUs,
+            the package deep_ep and bf16.
         multi_latent_attention: DeepSeek's MLA instead of multi-head attention.
         mtp_num_layers: multi-token-prediction depths; None for none.
     """
@@ -48,6 +50,7 @@ class ModelConfig:
     moe_expert_capacity_factor: float | None = None
     moe_layer_freq: int = 1
     moe_aux_loss_coeff: float = 0.01
+    moe_token_dispatcher: Literal["alltoall", "flex"] = "alltoall"
     multi_latent_attention: bool = False
     mtp_num_layers: int | None = None
     mtp_loss_scaling_factor: float = 0.1
@@ -89,6 +92,11 @@ class ModelConfig:
             raise UserError(
                 f"model.moe_expert_capacity_factor={capacity} needs model.num_moe_experts; this "
                 "model is dense"
+            )
+        if self.moe_token_dispatcher not in ("alltoall", "flex"):
+            raise UserError(
+                f"model.moe_token_dispatcher={self.moe_token_dispatcher!r} is not one of alltoall, "
+                "flex"
             )
 
 
@@ -300,8 +308,46 @@ class TrainConfig:
                 "MoE with parallel.tensor > 1 needs parallel.sequence=True (megatron-core's rule)"
             )
         self._check_fp8()
+        if model.moe_token_dispatcher == "flex":
+            self._check_flex()
         if self.cuda_graph:
             self._check_graph()
+
+    def _check_flex(self) -> None:
+        layout, alltoall = self.parallel, "set model.moe_token_dispatcher='alltoall'"
+        refusals = (
+            (
+                self.model.num_moe_experts is None,
+                "model.num_moe_experts=None",
+                "a dense model dispatches no tokens",
+                alltoall,
+            ),
+            (
+                layout.tensor * layout.expert == 1,
+                "parallel.expert=1 and parallel.tensor=1",
+                "Megatron has it exchange tokens between ranks only",
+                f"raise parallel.expert, or {alltoall}",
+            ),
+            (
+                self.dtype != "bf16",
+                f"dtype={self.dtype!r}",
+                "DeepEP sums up tokens in bf16 only",
+                f"set dtype='bf16', or {alltoall}",
+            ),
+            (
+                self.model.moe_expert_capacity_factor is not None,
+                f"model.moe_expert_capacity_factor={self.model.moe_expert_capacity_factor}",
+                "DeepEP does not pad what experts get",
+                f"set it to None, or {alltoall}",
+            ),
+            (
+                self.cuda_graph,
+                "cuda_graph=True",
+                "the host waits in the step for the number of tokens",
+                f"set cuda_graph=False, or {alltoall}",
+            ),
+        )
+        refuse_first("model.moe_token_dispatcher='flex'", refusals, what_first=True)
 
     def _check_graph(self) -> None:
         refusals = (

@@ -97,7 +97,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
             "moe_pad_expert_input_to_capacity": model.moe_expert_capacity_factor is not None,
             "moe_layer_freq": model.moe_layer_freq,
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
-            "moe_token_dispatcher_type": "alltoall",
+            "moe_token_dispatcher_type": model.moe_token_dispatcher,
             "moe_grouped_gemm": config.transformer_impl == "transformer_engine",
             "moe_router_dtype": "fp32",
         }

@@ -17,6 +17,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
 from mhc_megatron.megatron.compat import forget_moe_metrics, require_supported_core
 from mhc_megatron.megatron.cpu_runtime import cpu_runtime
+from mhc_megatron.megatron.deep_ep import require_deep_ep
 from mhc_megatron.megatron.step_graph import capture_stream, forget_graphs
 from mhc_megatron.training.config import TrainConfig
 
@@ -43,7 +44,8 @@ def distributed_runtime(
             made, and takes GPU memory, when the group is first used, and most never are.
 
     Raises:
-        UserError: the number of processes is not the layout's.
+        UserError: the number of processes is not the layout's, or what the configuration needs is
+            not here: a GPU for ``cuda_graph``, DeepEP for ``model.moe_token_dispatcher="flex"``.
     """
     layout = config.parallel
     if world.world_size != layout.world_size:
@@ -59,6 +61,8 @@ def distributed_runtime(
         torch.cuda.set_device(world.local_rank)
     if config.cuda_graph:
         capture_stream()  # refuses a machine without a GPU
+    if config.model.moe_token_dispatcher == "flex":
+        require_deep_ep()
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu_runtime())
         torch.distributed.init_process_group(

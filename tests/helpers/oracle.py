@@ -10,6 +10,9 @@ from mhc_megatron.training.config import ModelConfig, ParallelConfig, TrainConfi
 
 DENSE: dict[str, Any] = {}
 MOE: dict[str, Any] = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32}
+# DeepEP takes tokens in bf16, of several ranks. For a pool with a stand-in (``fake_deep_ep``).
+FLEX: dict[str, Any] = {**MOE, "moe_token_dispatcher": "flex"}
+FLEX_LAYOUT: dict[str, Any] = {"data": 2, "expert": 2, "distributed_optimizer": True}
 MLA: dict[str, Any] = {"multi_latent_attention": True}
 MTP: dict[str, Any] = {"mtp_num_layers": 1}
 MODELS = {"dense": DENSE, "moe": MOE, "mla": MLA, "mtp": MTP}

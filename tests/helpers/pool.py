@@ -40,13 +40,17 @@ def _die_with(parent: Any) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _work(rank: int, jobs: Any, results: Any, saved: Any) -> None:
+def _work(
+    rank: int, jobs: Any, results: Any, saved: Any, prepare: Callable[[], None] | None
+) -> None:
     # A process group of its own: Megatron's checkpoint writer forks, and all must go together.
     os.setpgrp()
     parent = multiprocessing.parent_process()
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # Megatron would make one at the first save, whose manager, a process, would import torch then.
@@ -70,10 +74,15 @@ class WorkerFailed(AssertionError):
 
 
 class WorkerPool:
-    """``run(function, world_size, *arguments)`` calls it on ranks 0 .. world_size - 1 at once."""
+    """``run(function, world_size, *arguments)`` calls it on ranks 0 .. world_size - 1 at once.
 
-    def __init__(self, size: int, *, timeout: float = 300.0) -> None:
-        context = process_context()
+    ``prepare`` is called first in each process, which then has not imported Megatron.
+    """
+
+    def __init__(
+        self, size: int, *, timeout: float = 300.0, prepare: Callable[[], None] | None = None
+    ) -> None:
+        context = process_context() if prepare is None else multiprocessing.get_context("spawn")
         self.timeout = timeout
         self.num_jobs = 0
         self.manager = context.Manager()
@@ -82,7 +91,7 @@ class WorkerPool:
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [
             # Not daemonic: Megatron's checkpoint writer starts processes of its own.
-            context.Process(target=_work, args=(rank, jobs, self.results, saved))
+            context.Process(target=_work, args=(rank, jobs, self.results, saved, prepare))
             for rank, (jobs, saved) in enumerate(zip(self.jobs, self.saved, strict=True))
         ]
         for process in self.processes:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import layouts
-from helpers.oracle import DENSE, MOE, run_config
+from helpers.oracle import DENSE, FLEX, FLEX_LAYOUT, MOE, run_config
 from helpers.pool import WorkerPool
 from megatron.core import __version__ as core_version
 from packaging.version import Version
@@ -35,6 +35,7 @@ if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refu
     MODELS |= {
         "experts": (MOE, {}, 8),
         "experts_tp2_sp": (MOE, {**TENSOR, "sequence": True}, 10),
+        "experts_flex": (FLEX, FLEX_LAYOUT, 8),
     }
 
 
@@ -86,10 +87,12 @@ def _is_boundary(node: Any) -> bool:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("model", MODELS)
 def test_no_gradient_goes_past_the_boundaries(
-    model: str, backend: Any, workers: WorkerPool
+    model: str, backend: Any, request: pytest.FixtureRequest
 ) -> None:
     mhc = MHCConfig(recompute="block", recompute_block=4, sinkhorn_iterations=2, backend=backend)
     options, layout, phases_of_a_layer = MODELS[model]
-    config = run_config(options, layout, mhc=mhc)
+    flex = options is FLEX
+    workers: WorkerPool = request.getfixturevalue("deep_ep_workers" if flex else "workers")
+    config = run_config(options, layout, mhc=mhc, dtype="bf16" if flex else "fp32")
     for found in workers.run(edges_between_lanes, config.parallel.world_size, config):
         assert found == (8 * phases_of_a_layer + 1, [])  # the loss's is the last

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import layouts
-from helpers.oracle import DENSE, EXACT, MOE, check, run_config
+from helpers.oracle import DENSE, EXACT, FLEX, FLEX_LAYOUT, MOE, check, run_config
 from helpers.pool import WorkerPool
 from megatron.core import __version__ as core_version
 from packaging.version import Version
@@ -33,6 +33,9 @@ ALONE = {"schedule": "dualpipe_v"}  # two stages on a rank without neighbours
 SEQUENCE = {"tensor": 2, "sequence": True}
 EXPERTS = {**V, "data": 2, "expert": 2}
 PADDED = {**MOE, "moe_expert_capacity_factor": 0.75}
+# Through a stand-in for DeepEP. It shows that nothing is lost between the phases of Megatron's own
+# dispatcher; nothing of DeepEP's kernels, nor of its stream beside the lanes.
+FLEX_ALONE = {**ALONE, **FLEX_LAYOUT}
 # name: (model, layout, hyper-connections, mode)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], MHCConfig, str]] = {
     "dense_all": (DENSE, V, BLOCKS, "all"),
@@ -54,40 +57,48 @@ if Version(core_version) >= Version("0.17"):  # test_layouts.py: older ones refu
         "experts_all": (MOE, EXPERTS, BLOCKS, "all"),
         "padded_experts_all": (PADDED, EXPERTS, BLOCKS, "all"),
         "experts_all_dualpipe": (MOE, {**EXPERTS, "schedule": "dualpipe"}, BLOCKS, "all"),
+        "flex_post": (FLEX, FLEX_ALONE, PLAIN, "post"),
+        "flex_recompute": (FLEX, FLEX_ALONE, BLOCKS, "recompute"),
+        "flex_all": (FLEX, FLEX_ALONE, BLOCKS, "all"),
     }
 
 
 @pytest.fixture(scope="module")
-def serial() -> dict[Any, tuple[Path, Path]]:
+def serial() -> dict[Any, tuple[Path, Path, list[float]]]:
     return {}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_bits(
     name: str,
-    workers: WorkerPool,
-    serial: dict[Any, tuple[Path, Path]],
+    request: pytest.FixtureRequest,
+    serial: dict[Any, tuple[Path, Path, list[float]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     model, layout, mhc, mode = RUNS[name]
+    flex = model is FLEX
+    workers: WorkerPool = request.getfixturevalue("deep_ep_workers" if flex else "workers")
     folder = tmp_path_factory.mktemp(name)
-    options = {"mhc": mhc, "global_batch_size": NUM_MB * layout.get("data", 1)}
+    options: dict[str, Any] = {"mhc": mhc, "global_batch_size": NUM_MB * layout.get("data", 1)}
+    options["dtype"] = "bf16" if flex else "fp32"
     key = (*model.items(), mhc.recompute, *layout.items())
     if key not in serial:
         initial, gradients = folder / "initial", folder / "serial"
         initial.mkdir()
         gradients.mkdir()
-        workers.run(layouts.save_initial, 1, run_config(model, **options), str(initial))
+        alone = run_config(MOE if flex else model, {"distributed_optimizer": flex}, **options)
+        workers.run(layouts.save_initial, 1, alone, str(initial))
         config = run_config(model, layout, **options)
         arguments = (config, str(initial), str(gradients))
-        workers.run(layouts.losses_and_gradients, config.parallel.world_size, *arguments)
-        serial[key] = initial, gradients
-    initial, gradients = serial[key]
+        losses = workers.run(layouts.losses_and_gradients, config.parallel.world_size, *arguments)
+        serial[key] = initial, gradients, losses
+    initial, gradients, losses = serial[key]
     own = folder / "own"
     own.mkdir()
     config = run_config(model, {**layout, "overlap": mode}, **options)
     arguments = (config, str(initial), str(own))
-    workers.run(layouts.losses_and_gradients, config.parallel.world_size, *arguments)
+    found = workers.run(layouts.losses_and_gradients, config.parallel.world_size, *arguments)
+    assert found == losses
     [errors] = workers.run(layouts.differences, 1, str(own), str(gradients))
     check([], errors, EXACT, loss_tolerance=0.0)
 
@@ -108,7 +119,17 @@ SUPPORTED: dict[str, Any] = {
     [
         ({"recompute_granularity": "full"}, "recompute_granularity='full': a checkpointed layer"),
         ({"fp8": "hybrid"}, "fp8: no test shows"),
-        ({"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type='flex': only"),
+        (
+            {"moe_token_dispatcher_type": "allgather"},
+            "moe_token_dispatcher_type='allgather': it gathers all tokens.* use 'alltoall', or",
+        ),
+        *(
+            (
+                {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend},
+                f"moe_flex_dispatcher_backend='{backend}': .* only DeepEP's.* use 'deepep', or",
+            )
+            for backend in ("hybridep", "ncclep")
+        ),
         ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap=True: it has a stream"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
@@ -123,7 +144,9 @@ def test_what_cannot_be_interleaved_is_named(change: dict[str, Any], message: st
         return SimpleNamespace(layers=[layer], recompute=None)
 
     supported = chain(SUPPORTED)
-    assert reject_unsupported_overlap(supported, "post") is supported
+    deep_ep = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+    for accepted in (supported, chain(SUPPORTED | deep_ep)):
+        assert reject_unsupported_overlap(accepted, "post") is accepted
     with pytest.raises(UserError, match=message):
         reject_unsupported_overlap(chain(SUPPORTED | change), "post")
     with pytest.raises(UserError, match="has no rebuild to run ahead"):
