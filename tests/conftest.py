@@ -68,7 +68,7 @@ def workers(_pools: list[WorkerPool]) -> WorkerPool:
 
 @pytest.fixture(scope="session")
 def deep_ep_workers() -> Iterator[WorkerPool]:
-    """Two processes with a stand-in for DeepEP; what it does not show, ``fake_deep_ep`` says."""
-    pool = WorkerPool(2, prepare=fake_deep_ep.install)
+    """With a stand-in for DeepEP; what it does not show, ``fake_deep_ep`` says."""
+    pool = WorkerPool(MAX_RANKS, prepare=fake_deep_ep.install)
     yield pool
     pool.close()

@@ -6,6 +6,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
 from megatron.training import get_args
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.dist_utils import (
@@ -16,6 +17,18 @@ from megatron.training.models.gpt import GPTModelBuilder
 from mhc_megatron.megatron.chunks import stage_place
 from mhc_megatron.megatron.split_linear import split_linears
 from mhc_megatron.training.runtime import set_seed
+
+
+class StageFloat16Module(Float16Module):
+    """Megatron's wrapper of a half-precision chunk, which would judge by the pipeline rank.
+
+    On the last rank it makes every output float32. What a stage sends to the next has the layers'
+    dtype, whatever rank it is on.
+    """
+
+    def forward(self, *inputs: Any, **arguments: Any) -> Any:
+        """As Float16Module's, which is told whether the chunk ends the model."""
+        return super().forward(*inputs, fp32_output=self.module.post_process, **arguments)
 
 
 class StageModelBuilder(GPTModelBuilder):
@@ -65,7 +78,12 @@ class StageModelBuilder(GPTModelBuilder):
         if ddp_config is not None:
             ddp_config.delay_wgrad_compute = config.transformer.delay_wgrad_compute
         chunks = prepare_existing_model_chunks_for_distributed_training(
-            chunks, config.transformer, pg_collection, ddp_config=ddp_config, **arguments
+            chunks,
+            config.transformer,
+            pg_collection,
+            ddp_config=ddp_config,
+            mixed_precision_wrapper=StageFloat16Module,
+            **arguments,
         )
         wrapped: list[GPTModel] = compose_hooks(config.post_wrap_hooks)(chunks)
         return wrapped

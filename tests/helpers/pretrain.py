@@ -52,8 +52,17 @@ def arguments(config: TrainConfig, tensorboard: Path) -> list[str]:
         --no-create-attention-mask-in-dataloader
         --tokenizer-type NullTokenizer --vocab-size 384 --make-vocab-size-divisible-by 64
         --eval-iters {config.eval_iters} --eval-interval {10 * config.steps}
-        --log-interval 1 --tensorboard-dir {tensorboard}
+        --log-interval 1 --tensorboard-dir {tensorboard} {"--bf16" * (config.dtype == "bf16")}
     """
+    if model.num_moe_experts is not None:
+        text += f"""
+            --num-experts {model.num_moe_experts} --moe-router-topk {model.moe_router_topk}
+            --moe-ffn-hidden-size {model.moe_ffn_hidden_size} --moe-router-dtype fp32
+            --moe-router-load-balancing-type aux_loss
+            --moe-aux-loss-coeff {model.moe_aux_loss_coeff}
+            --moe-token-dispatcher-type {model.moe_token_dispatcher}
+            --expert-model-parallel-size {layout.expert}
+        """
     return shlex.split(text)
 
 

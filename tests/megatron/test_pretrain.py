@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 from helpers import pretrain, training
+from helpers.oracle import FLEX
 from helpers.pool import WorkerPool
 
 from mhc_megatron.config import MHCConfig
@@ -96,6 +97,47 @@ def test_megatrons_loop_trains_as_our_trainer_does(
     found = {tag: theirs[tag] for tag, _ in gain_scalars(gains)}
     assert found == {tag: [numpy.float32(value)] for tag, value in gain_scalars(gains)}
     assert abs(found["gain_composite/backward"][0] - 1) > 1e-4
+
+
+VEE = {"pipeline": 2, "schedule": "dualpipe_v", "distributed_optimizer": True}
+EXPERTS = {**VEE, "data": 2, "expert": 2, "overlap": "all"}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "flags"),
+    [
+        pytest.param({}, VEE, [], id="dense"),
+        # Through a stand-in for DeepEP: the flags reach its dispatcher, and overlap takes it.
+        pytest.param(FLEX, EXPERTS, ["--moe-enable-deepep"], id="deprecated flag of DeepEP"),
+        pytest.param(FLEX, EXPERTS, ["--moe-flex-dispatcher-backend=deepep"], id="DeepEP"),
+    ],
+)
+def test_a_half_precision_step_of_megatrons_loop(
+    request: pytest.FixtureRequest,
+    config: TrainConfig,
+    tmp_path: Path,
+    model: dict[str, Any],
+    layout: dict[str, Any],
+    flags: list[str],
+) -> None:
+    """One step: gloo gathers a chunk's bf16 and float32 parameters as if they had one dtype."""
+    workers: WorkerPool = request.getfixturevalue("deep_ep_workers" if model else "workers")
+    config = dataclasses.replace(
+        config,
+        dtype="bf16",
+        steps=1,
+        micro_batch_size=1,
+        model=dataclasses.replace(config.model, num_layers=4, **model),
+        mhc=dataclasses.replace(config.mhc, recompute="auto"),
+        parallel=ParallelConfig(**layout),
+    )
+    board, world_size = tmp_path / "tensorboard", config.parallel.world_size
+    argv = [*pretrain.arguments(config, board), *pretrain.hyper_connection_flags(config), *flags]
+    workers.run(pretrain.run_loop, world_size, argv)
+    theirs = pretrain.scalars(board)
+    [step] = workers.run(pretrain.train_here, world_size, config)[0][0]
+    assert theirs["grad-norm"] == [numpy.float32(step["grad_norm"])]
+    assert theirs["lm loss"] == pytest.approx([step["loss"]], rel=_LOSS)
 
 
 def test_a_script_with_the_lines_and_one_with_a_spec(
