@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helpers import fake_engine
+
 
 class EventHandle:
     """An event; what is on a CPU has happened."""
@@ -172,3 +174,9 @@ def install() -> None:
     mock.patch("mhc_megatron.training.runtime.require_deep_ep").start()
     # Megatron compiles this dispatcher's functions, for a GPU.
     torch.compiler.set_stance("force_eager")
+
+
+def install_with_engine() -> None:
+    """Also the stand-in for Transformer Engine, without which older cores have no MoE layers."""
+    fake_engine.install()
+    install()
