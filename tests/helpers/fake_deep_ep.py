@@ -87,7 +87,7 @@ class Buffer:
         """Tokens by rank, tokens by expert, and which rank gets which token [tokens, ranks]."""
         assert topk_idx.dtype == torch.int64 and topk_idx.is_contiguous()
         num_ranks = self.group.size()
-        ones = torch.zeros(len(topk_idx), num_experts + 1, dtype=torch.int32)
+        ones = topk_idx.new_zeros(len(topk_idx), num_experts + 1, dtype=torch.int32)
         ones.scatter_(1, topk_idx % (num_experts + 1), 1)  # -1, for no expert, is the last
         by_expert = ones[:, :-1]
         goes = by_expert.view(len(topk_idx), num_ranks, -1).any(-1)
@@ -147,7 +147,7 @@ class Buffer:
         got = rows.new_empty(sum(handle.sent), *rows.shape[1:])
         back = rows.contiguous()
         dist.all_to_all_single(got, back, handle.sent, handle.received, group=self.group)
-        sums = torch.zeros(handle.num_tokens, *rows.shape[1:])
+        sums = rows.new_zeros(handle.num_tokens, *rows.shape[1:], dtype=torch.float32)
         return sums.index_add_(0, handle.rows, got.float()).to(rows.dtype)
 
 
