@@ -98,6 +98,14 @@ def look_for_cudnn_in(folder: Path) -> None:
     os.environ["CUDNN_HOME"] = str(folder)
 
 
+def expect_messages_in_order() -> None:
+    """Let torch not warn, for each edge of a pipeline, that NCCL sends one message at a time there.
+
+    For process groups that are made afterwards; a value that is set stays.
+    """
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
+
+
 def allows_pickled_scales() -> bool:
     """Whether Transformer Engine may load pickles from checkpoints."""
     return os.environ.get("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE") == "1"

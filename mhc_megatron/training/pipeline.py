@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mhc_megatron.config import Backend
+from mhc_megatron.launch.environment import expect_messages_in_order
 from mhc_megatron.megatron.p2p import stream_p2p
 from mhc_megatron.megatron.schedule import ForwardBackward
 from mhc_megatron.megatron.step_graph import StepGraph
@@ -142,6 +143,7 @@ def connected_step(
         backend: of the kernels that round messages.
         timeout: of a message.
     """
+    expect_messages_in_order()
     transport: Transport = DistributedTransport(schedule, ranks, device=_device(), timeout=timeout)
     if layout.messages == "fp8":
         transport = FP8Transport(transport, MessageBlocks(backend))

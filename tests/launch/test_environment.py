@@ -1,9 +1,15 @@
 """Where a process finds its rank."""
 
+import os
+
 import pytest
 
 from mhc_megatron.errors import UserError
-from mhc_megatron.launch.environment import World, world_from_environment
+from mhc_megatron.launch.environment import (
+    World,
+    expect_messages_in_order,
+    world_from_environment,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -62,3 +68,14 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert world_from_environment() == World(rank=3, local_rank=1, world_size=4)
+
+
+def test_a_warning_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
+    monkeypatch.setenv(name, "1")
+    expect_messages_in_order()
+    assert os.environ[name] == "1"
+    monkeypatch.setenv(name, "")  # so that it is put back
+    monkeypatch.delenv(name)
+    expect_messages_in_order()
+    assert os.environ[name] == "0"
