@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from ranks import Ranks
+from ranks import Ranks, clear_dispatchers
 
 from mhc_megatron.config import Backend, MHCConfig
 from mhc_megatron.launch.environment import World
@@ -163,10 +162,7 @@ def _time(config: TrainConfig) -> Timed:
     # The optimizer keeps views of float32 parameters, behind which Python's collector cannot see:
     # without this the configuration and the model would keep each other, beside the next run.
     trainer.megatron_config.grad_scale_func = trainer.megatron_config.no_sync_func = None
-    for chunk in trainer.bare_chunks:
-        for module in chunk.modules():
-            if isinstance(module, MoELayer):  # keeps the graph of its last micro-batch
-                vars(module.token_dispatcher).clear()
+    clear_dispatchers()
     on_gpu = torch.cuda.is_available()
     return Timed(
         seconds=[step.seconds for step in metrics[WARM_UP:]],

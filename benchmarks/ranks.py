@@ -18,9 +18,10 @@ import cudnn_first  # noqa: F401
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from helpers import layouts
+from helpers.dispatchers import clear_dispatchers
 from helpers.pool import WorkerFailed, WorkerPool
 
-__all__ = ["OutOfTime", "Ranks", "WorkerFailed", "layouts", "start"]
+__all__ = ["OutOfTime", "Ranks", "WorkerFailed", "clear_dispatchers", "layouts", "start"]
 
 
 class OutOfTime(WorkerFailed):

@@ -53,6 +53,8 @@ def _work(
         prepare()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    from helpers.dispatchers import clear_dispatchers
+
     # Megatron would make one at the first save, whose manager, a process, would import torch then.
     filesystem_async._results_queue = saved
     gc.freeze()  # what is imported is no garbage; to look through it takes longer than many a job
@@ -66,7 +68,7 @@ def _work(
             results.put((rank, False, traceback.format_exc()))
         # A model holds its process groups in cycles, and each group has threads that poll: left to
         # pile up, they take the machine's time.
-        gc.collect()
+        clear_dispatchers()
 
 
 class WorkerFailed(AssertionError):
