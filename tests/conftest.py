@@ -66,7 +66,7 @@ def workers(_pools: list[WorkerPool]) -> WorkerPool:
     return _pools[-1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deep_ep_workers() -> Iterator[WorkerPool]:
     """With a stand-in for DeepEP; what it does not show, ``fake_deep_ep`` says."""
     pool = WorkerPool(MAX_RANKS, prepare=fake_deep_ep.install)

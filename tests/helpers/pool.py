@@ -19,7 +19,7 @@ from mhc_megatron.launch.port import reserved_port
 # What nearly every job needs; none of it starts a thread, so that a process can be forked with it.
 _IMPORTED_ONCE = ["torch", "mhc_megatron.training.loop", "mhc_megatron.report.tensorboard"]
 # Process groups that outlive their test keep threads that poll: after so many, begin anew.
-_MOST_JOBS = 40
+_MOST_JOBS = 12
 
 
 def process_context(imported: list[str] = _IMPORTED_ONCE) -> Any:
