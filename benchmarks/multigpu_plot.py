@@ -42,22 +42,22 @@ def steps(lines: list[Line], metric: str = "step") -> dict[str, dict[str, float]
 
     A schedule's name says C where there are several.
     """
-    return _by_layout(lines, metric, "schedule", lambda schedule: schedule)
+    return _by_layout(lines, metric, "schedule", "{}")
 
 
 def experts(lines: list[Line]) -> dict[str, dict[str, float]]:
     """Milliseconds of a step of expert parallelism by implementation and layout."""
-    return _by_layout(lines, "step", "expert", lambda ranks: f"EP={ranks}")
+    return _by_layout(lines, "step", "expert", "EP={}")
 
 
 def _by_layout(
-    lines: list[Line], metric: str, layout: str, named: Callable[[Any], str]
+    lines: list[Line], metric: str, layout: str, named: str
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     timed = [line for line in latest(lines, metric) if layout in line["shape"]]
     widths = {line["shape"]["C"] for line in lines if layout in line["shape"]}
     for line in timed:
-        name = named(line["shape"][layout])
+        name = named.format(line["shape"][layout])
         name += f", C={line['shape']['C']}" if len(widths) > 1 else ""
         name += ", as a graph" if line.get("launch") == "graph" else ""
         found.setdefault(line["impl"], {})[name] = line["value"]

@@ -8,7 +8,6 @@ say which. Without it attention is unfused, and all variants share its time, so 
 plain residual look better than with a fused one: differences do not.
 """
 
-import gc
 import importlib.util
 import statistics
 from collections.abc import Iterator
@@ -146,7 +145,7 @@ def time_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[T
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             found.append(_time(config))
-            gc.collect()
+            clear_dispatchers()
             torch.cuda.empty_cache()
     return found
 
@@ -162,7 +161,6 @@ def _time(config: TrainConfig) -> Timed:
     # The optimizer keeps views of float32 parameters, behind which Python's collector cannot see:
     # without this the configuration and the model would keep each other, beside the next run.
     trainer.megatron_config.grad_scale_func = trainer.megatron_config.no_sync_func = None
-    clear_dispatchers()
     on_gpu = torch.cuda.is_available()
     return Timed(
         seconds=[step.seconds for step in metrics[WARM_UP:]],
