@@ -124,8 +124,9 @@ def _parity_size(args: argparse.Namespace) -> dict[str, int]:
 def steps(bench: Bench) -> None:
     """Step times of a pipeline over all ranks."""
     import multigpu_steps as part
+    from step_models import SCHEDULES
 
-    for model, name, launch in product(bench.args.models, part.SCHEDULES, bench.args.launches):
+    for model, name, launch in product(bench.args.models, SCHEDULES, bench.args.launches):
         if bench.args.cases and name not in bench.args.cases:
             continue
         case = (_size(bench, model), name, launch)
@@ -139,11 +140,11 @@ def experts(bench: Bench) -> None:
     """Step times of expert parallelism over all ranks."""
     import multigpu_steps as part
 
-    for model in bench.args.models:
-        size = _size(bench, model)
+    for model, launch in product(bench.args.models, bench.args.launches):
+        case = (_size(bench, model), launch)
         bench.attempt(
-            f"experts {model}",
-            lambda size=size: part.expert_lines(bench.ranks, size, num_layers=bench.args.layers),
+            f"experts {model} {launch}",
+            lambda case=case: part.expert_lines(bench.ranks, *case, num_layers=bench.args.layers),
         )
 
 
@@ -190,12 +191,10 @@ def kill(bench: Bench) -> None:
 
 
 def _size(bench: Bench, model: str) -> Any:
-    import multigpu_steps as part
+    from step_models import size_of
 
     args = bench.args
-    return part.size_of(
-        model, hidden=args.hidden, seq=args.seq, backend=args.backend, out=bench.folder
-    )
+    return size_of(model, hidden=args.hidden, seq=args.seq, backend=args.backend, out=bench.folder)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -220,7 +219,7 @@ def main() -> int:
         "--launches",
         nargs="+",
         choices=("eager", "graph"),
-        help="of steps and scaling (default: both on GPUs)",
+        help="of steps, experts and scaling (default: both on GPUs)",
     )
     parser.add_argument(
         "--models",

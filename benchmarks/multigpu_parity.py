@@ -144,11 +144,11 @@ def cases(num_ranks: int) -> dict[str, Case]:
     }
     if importlib.util.find_spec("transformer_engine") is not None:
         found["cp2"] = Case(layout={"context": 2}, bound="rounding", engine=True)
+    found["ep2_padded_overlap"] = replace(found["ep2_overlap"], padded=True)
     if torch.cuda.is_available():
-        found |= {
-            f"{name}_graph": replace(found[name], graph=True)
-            for name in ("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp4_dualpipe_v")
-        }
+        graphs = ("tp2_sp", "dp2", "pp2_1f1b", "pp2_dualpipe_v", "pp4_dualpipe_v")
+        graphs += ("tp2_sp_overlap", "pp2_dualpipe_v_overlap", "ep2_padded", "ep2_padded_overlap")
+        found |= {f"{name}_graph": replace(found[name], graph=True) for name in graphs}
     sizes = {name: ParallelConfig(**case.layout).world_size for name, case in found.items()}
     return {name: case for name, case in found.items() if sizes[name] <= num_ranks}
 

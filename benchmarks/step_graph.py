@@ -3,7 +3,7 @@
     python benchmarks/step_graph.py --results benchmarks/results/h100
     python benchmarks/step_graph.py --results out --device cpu --hidden 32 --seq 16 --layers 2
 
-The package's trainer on the model of ``multigpu_steps.py``, optimizer included: the plain residual,
+The package's trainer on the model of ``step_models.py``, optimizer included: the plain residual,
 hyper-connections, these with their states recomputed, and so in two stages on the one rank, whose
 forwards and backwards are paired, and overlap. Appends to ``<results>/step_graph.jsonl`` (format:
 benchmarks/README.md).
@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from multigpu_steps import LAUNCHES, MODELS, NO_PIPELINE, size_of, step_lines
+from multigpu_steps import step_lines
 from provenance import append, provenance
 from ranks import Ranks
+from step_models import LAUNCHES, MODELS, NO_PIPELINE, size_of
 
 from mhc_megatron.config import Backend
 

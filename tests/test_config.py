@@ -271,14 +271,8 @@ ON_GPUS: dict[str, Any] = {
         ),
         (
             lambda: TrainConfig(cuda_graph=True, model=ModelConfig(num_moe_experts=4)),
-            "cuda_graph=True does not combine with model.num_moe_experts=4: the host reads",
-        ),
-        (
-            lambda: TrainConfig(
-                cuda_graph=True,
-                model=ModelConfig(num_moe_experts=4, moe_expert_capacity_factor=1.0),
-            ),
-            "cuda_graph=True does not combine with model.num_moe_experts=4: captured exchanges",
+            "cuda_graph=True does not combine with model.num_moe_experts=4: the host reads .*; set "
+            "model.moe_expert_capacity_factor, or set",
         ),
         (
             lambda: ModelConfig(num_moe_experts=4, moe_expert_capacity_factor=0.0),
@@ -301,15 +295,6 @@ ON_GPUS: dict[str, Any] = {
                 parallel=ParallelConfig(context=2),
             ),
             "cuda_graph=True does not combine with parallel.context=2: Megatron copies",
-        ),
-        (
-            lambda: TrainConfig(
-                cuda_graph=True,
-                global_batch_size=16,
-                parallel=OVERLAPPED,
-                mhc=MHCConfig(recompute="auto"),
-            ),
-            "cuda_graph=True does not combine with parallel.overlap='all': no test",
         ),
         (
             lambda: TrainConfig(cuda_graph=True, recompute="full"),

@@ -72,7 +72,7 @@ def _unsupported(
         f"cuda_graph_impl={graphs!r}",
         "Megatron captures the stock layer's private steps, or a step that was never compared with "
         "one launched kernel by kernel",
-        "set cuda_graph_impl='none' (cuda_graph=True of mhc-megatron train captures dense models)",
+        "set cuda_graph_impl='none' (cuda_graph=True of mhc-megatron train captures whole steps)",
     )
     offloaded = {"attn_norm", "mlp_norm"} & set(getattr(config, "offload_modules", None) or ())
     yield (

@@ -11,7 +11,7 @@ os.environ |= {
     "MASTER_PORT": "0",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # a queue for every lane
     "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",  # of checkpoints that the tests write themselves
 }
 

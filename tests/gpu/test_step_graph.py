@@ -1,4 +1,5 @@
-"""Steps that are one CUDA graph have the bits of steps that are launched kernel by kernel."""
+"""Steps that are one CUDA graph have the bits of steps that are launched kernel by kernel, and
+overlapped ones those of steps without overlap."""
 
 import dataclasses
 import gc
@@ -18,6 +19,11 @@ from mhc_megatron.megatron.step_graph import EAGER_STEPS, StepGraph
 from mhc_megatron.training.config import DataConfig, OptimizerConfig
 from mhc_megatron.training.trainer import Trainer
 
+LANES: dict[str, Any] = {
+    "layers": 4,
+    "schedule": "dualpipe_v",
+    "mhc": MHCConfig(recompute="auto"),
+}
 STEPS = EAGER_STEPS + 4
 VALIDATED_AFTER = EAGER_STEPS + 2
 CASES: dict[str, dict[str, Any]] = {
@@ -26,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "single_pass": {"mhc": MHCConfig(variant="single_pass")},
     "local": {"impl": "local"},
     "mla": {"model": "mla"},
+    "padded experts": {"model": "padded"},
+    "overlap": {**LANES, "overlap": "all"},
+    "overlap of padded experts": {**LANES, "overlap": "all", "model": "padded"},
     **{recipe: {"recipe": recipe} for recipe in engine.RECIPES if recipe is not None},
 }
 
@@ -53,6 +62,7 @@ def run(data: DataConfig, folder: Path, *, graph: bool, **case: Any) -> tuple[li
         data=data,
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, warmup_steps=2),
         steps=STEPS,
+        global_batch_size=4,  # pairs of an overlap between its first and its last
         eval_iters=1,
         cuda_graph=graph,
         out=str(folder),
@@ -68,8 +78,10 @@ def run(data: DataConfig, folder: Path, *, graph: bool, **case: Any) -> tuple[li
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_of_eager_steps(name: str, data: DataConfig, tmp_path: Path) -> None:
-    expected, _ = run(data, tmp_path / "eager", graph=False, **CASES[name])
-    found, trainer = run(data, tmp_path / "graph", graph=True, **CASES[name])
+    case = CASES[name]
+    alone = {key: value for key, value in case.items() if key != "overlap"}
+    expected, _ = run(data, tmp_path / "eager", graph=False, **alone)
+    found, trainer = run(data, tmp_path / "graph", graph=True, **case)
     assert found == expected
     assert len({loss for loss in found if isinstance(loss, tuple)}) == STEPS
     assert isinstance(trainer.forward_backward, StepGraph)

@@ -46,13 +46,22 @@ RECIPES = (None, "delayed", "tensorwise", "blockwise")
 
 
 def run_config(
-    model: str, recipe: str | None = None, *, mhc: MHCConfig | None = None, impl: Impl | None = None
+    model: str,
+    recipe: str | None = None,
+    *,
+    mhc: MHCConfig | None = None,
+    impl: Impl | None = None,
+    layers: int = LAYERS,
+    **layout: Any,
 ) -> TrainConfig:
-    """Three layers of width 256 in bf16, their products in FP8 if there is a recipe."""
+    """Layers of width 256 in bf16, their products in FP8 if there is a recipe.
+
+    ``layout``: arguments of ``ParallelConfig``.
+    """
     options: dict[str, Any] = {} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe}
     return TrainConfig(
         model=ModelConfig(
-            num_layers=LAYERS,
+            num_layers=layers,
             hidden_size=256,
             num_attention_heads=4,
             ffn_hidden_size=512,
@@ -60,7 +69,7 @@ def run_config(
             **MODELS[model],
         ),
         mhc=mhc or MHCConfig(),
-        parallel=ParallelConfig(distributed_optimizer=True),
+        parallel=ParallelConfig(distributed_optimizer=True, **layout),
         micro_batch_size=1,
         global_batch_size=MICRO_BATCHES,
         dtype="bf16",
