@@ -22,6 +22,12 @@ def is_end(line: Line) -> bool:
     return line["impl"].rpartition(".")[2] in ("expand", "contract_mean", "contract_learned")
 
 
+def with_fused_attention(lines: list[Line]) -> list[Line]:
+    """Those whose attention was fused, if any was: beside an unfused one all else looks cheap."""
+    fused = [line for line in lines if line.get("attention") == "fused"]
+    return fused or lines
+
+
 def newest(lines: list[Line]) -> list[Line]:
     """Of every shape those of the commit that was measured last, beside peers if any was.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from kernel_table import Line, read
+from kernel_table import Line, read, with_fused_attention
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plot_style import tidy
@@ -27,7 +27,7 @@ def latest(lines: list[Line], metric: str) -> list[Line]:
 
     Ratios hold within a run only.
     """
-    lines = [line for line in lines if line["metric"] == metric]
+    lines = with_fused_attention([line for line in lines if line["metric"] == metric])
     runs = {_work(line): line["run"] for line in lines}
     return [line for line in lines if line["run"] == runs[_work(line)]]
 

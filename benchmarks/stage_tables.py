@@ -13,7 +13,7 @@ Of a figure that was measured twice the last counts.
 import sys
 from pathlib import Path
 
-from kernel_table import Line, markdown, read
+from kernel_table import Line, markdown, read, with_fused_attention
 from multigpu_plot import PLAIN, bandwidths, experts, scaling, steps
 
 _PLAIN_STAGE = "megatron-core"
@@ -22,7 +22,7 @@ _PLAIN_STAGE = "megatron-core"
 def blocks(lines: list[Line]) -> str:
     """What hyper-connections add to a stage of Transformer Engine blocks, launched by the host."""
     rows: dict[tuple[str, str, str], dict[str, Line]] = {}
-    for line in lines:
+    for line in with_fused_attention(lines):
         shape = line["shape"]
         if line.get("launch") == "graph" or "experts" in shape:
             continue
@@ -50,7 +50,7 @@ def blocks(lines: list[Line]) -> str:
 def block_graphs(lines: list[Line]) -> str:
     """The same stages as one CUDA graph, where no host is waited for."""
     rows: dict[tuple[str, str], dict[str, Line]] = {}
-    for line in lines:
+    for line in with_fused_attention(lines):
         shape = line["shape"]
         if line.get("launch") == "graph":
             rows.setdefault((shape["model"], shape["dtype"]), {})[line["impl"]] = line
@@ -195,7 +195,7 @@ def p2p(lines: list[Line]) -> str:
 def step_graph(lines: list[Line], channels: int) -> str:
     """Training steps of one width on one GPU, launched kernel by kernel and as one CUDA graph."""
     rows: dict[str, dict[str, dict[str, Line]]] = {}
-    for line in lines:
+    for line in with_fused_attention(lines):
         if line["shape"]["C"] != channels:
             continue
         by_launch = rows.setdefault(line["impl"], {}).setdefault(line["launch"], {})
