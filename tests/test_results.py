@@ -77,7 +77,7 @@ def test_the_pipeline_page_shows_the_results_file(benchmark: Callable[[str], Any
     tables, read = benchmark("stage_tables"), benchmark("kernel_table").read
     page = (ROOT / "docs" / "pipeline.md").read_text()
     lines = read(RESULTS / "h200" / "multigpu.jsonl")
-    for table in (tables.multigpu, tables.p2p, tables.parity):
+    for table in (tables.multigpu, tables.multigpu_experts, tables.p2p, tables.parity):
         assert table(lines) in page
     picture = (ROOT / "docs" / "multigpu.svg").read_text()
     panels = benchmark("multigpu_plot").draw(lines).axes
