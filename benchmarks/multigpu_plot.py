@@ -17,8 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plot_style import tidy
 
-COLOURS = ("#888888", "#0072B2", "#D55E00", "#009E73")
+COLOURS = ("#888888", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 PLAIN = "megatron_core"
+VARIANTS = (
+    PLAIN,
+    *(f"mhc_megatron.{name}" for name in ("mhc", "mhc_recompute", "mhc_overlap", "mhc_pairs")),
+)
 WAYS = ("one way", "both ways")
 
 
@@ -55,7 +59,7 @@ def _by_layout(
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     timed = [line for line in latest(lines, metric) if layout in line["shape"]]
-    widths = {line["shape"]["C"] for line in lines if layout in line["shape"]}
+    widths = {line["shape"]["C"] for line in latest(lines, "step") if layout in line["shape"]}
     for line in timed:
         name = named.format(line["shape"][layout])
         name += f", C={line['shape']['C']}" if len(widths) > 1 else ""
@@ -89,6 +93,7 @@ def draw(lines: list[Line]) -> Figure:
         panel
         for panel, figures in (
             (_draw_steps, steps(lines)),
+            (_draw_experts, experts(lines)),
             (_draw_bandwidths, bandwidths(lines)),
             (_draw_scaling, scaling(lines)),
         )
@@ -109,20 +114,33 @@ def draw(lines: list[Line]) -> Figure:
 
 
 def _draw_steps(axes: Axes, lines: list[Line]) -> None:
-    found = steps(lines)
-    schedules = list(dict.fromkeys(name for times in found.values() for name in times))
+    shape = _shape(lines, "schedule")
+    _draw_times(axes, steps(lines), f"PP={shape['ranks']}, {shape['layers']} layers")
+
+
+def _draw_experts(axes: Axes, lines: list[Line]) -> None:
+    shape = _shape(lines, "expert")
+    title = f"{shape['experts']} experts over {shape['expert']} GPUs, {shape['layers']} layers"
+    _draw_times(axes, experts(lines), title)
+
+
+def _shape(lines: list[Line], layout: str) -> dict[str, Any]:
+    """Of the first step that has this layout."""
+    shapes: list[dict[str, Any]] = [line["shape"] for line in latest(lines, "step")]
+    return next(shape for shape in shapes if layout in shape)
+
+
+def _draw_times(axes: Axes, found: dict[str, dict[str, float]], title: str) -> None:
+    layouts = list(dict.fromkeys(name for times in found.values() for name in times))
     width = 0.8 / len(found)
-    for index, ((name, times), colour) in enumerate(zip(found.items(), COLOURS, strict=False)):
-        places = [schedules.index(s) + (index - (len(found) - 1) / 2) * width for s in times]
-        bars = axes.bar(places, list(times.values()), width * 0.95, color=colour, label=name)
+    colours = dict(zip(VARIANTS, COLOURS, strict=True))
+    for index, (name, times) in enumerate(found.items()):
+        places = [layouts.index(s) + (index - (len(found) - 1) / 2) * width for s in times]
+        bars = axes.bar(places, list(times.values()), width * 0.95, color=colours[name], label=name)
         labels = [_over_plain(found, name, s) for s in times]
         axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
-    shape = latest(lines, "step")[0]["shape"]
-    axes.set_xticks(range(len(schedules)), schedules)
-    axes.set(
-        ylabel="step, ms (over the plain residual)",
-        title=f"PP={shape['ranks']}, {shape['layers']} layers",
-    )
+    axes.set_xticks(range(len(layouts)), layouts)
+    axes.set(ylabel="step, ms (over the plain residual)", title=title)
 
 
 def _over_plain(found: dict[str, dict[str, float]], name: str, schedule: str) -> str:
