@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--range", metavar="NAME", help="only what a record_function range launched, as 0F3"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, in nanoseconds")
-    parser.add_argument("--svg", metavar="FILE", help="also draw it, one row per stream")
+    parser.add_argument(
+        "--svg",
+        metavar="FILE",
+        help="also draw it, one row per stream, or of many streams one per kind of work",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -122,6 +122,18 @@ def test_the_picture_has_a_row_per_stream(tmp_path: Path) -> None:
         run(write(tmp_path), svg=str(tmp_path))
 
 
+def test_work_on_many_streams_has_a_row_per_kind(tmp_path: Path) -> None:
+    """A CUDA graph's is on streams that the driver chooses."""
+    names = ("sm90_gemm", "mix_fwd", "ncclDevKernel_SendRecv")
+    events = [gpu(names[i % 3], 100 + 20 * i, 10, 100 + i, i) for i in range(15)]
+    out = tmp_path / "graph.svg"
+    run(write(tmp_path, events), svg=str(out))
+    rows = ET.parse(out).getroot().findall("{http://www.w3.org/2000/svg}g")
+    names_of_rows = ["".join(row.itertext()).strip() for row in rows]
+    assert names_of_rows == ["communication", "mHC", "other compute"]
+    assert [len(row.findall("{http://www.w3.org/2000/svg}rect")) for row in rows] == [6, 6, 6]
+
+
 def test_gzip_reads_the_same(tmp_path: Path) -> None:
     path = write(tmp_path)
     packed = tmp_path / "rank.json.gz"
