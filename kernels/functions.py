@@ -69,6 +69,7 @@ class Post(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
 
@@ -243,6 +244,7 @@ class PostPre(torch.autograd.Function):
             branch,
             branch_bias,
             packed,
+            new_streams,
             grad_u,
             read_packed,
             factors,
