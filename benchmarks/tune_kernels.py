@@ -66,16 +66,11 @@ WIDE_CANDIDATES = {
     "project": spans(grid("64 128 256", "32 64", "4 8", "2 3 4"), "1280 2560 5120"),
     "mix_backward": grid("16 32", "32 64", "4 8", "2 3"),
     "streams_backward": spans(
-        [
-            Tile(tokens=64, channels=16, num_warps=warps, num_stages=stages)
-            for warps in (8, 16)
-            for stages in (1, 2)
-        ],
-        "640 1280",
+        grid("64", "16", "8", "1 2") + grid("64 128", "8", "4 8", "1 2"), "320 640 1280"
     ),
     "post_backward": spans(
-        grid("16", "32", "4", "2 3") + grid("32", "16", "4", "2") + grid("32", "32", "8", "2"),
-        "640 1280",
+        grid("16 32 64", "16 32 64", "4 8", "1") + grid("4 8", "64 128", "4 8", "1"),
+        "320 640 2560",
     ),
     "weight_backward": grid("32 64 128", "64 128 256", "4 8", "3 4"),
 }
@@ -102,7 +97,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             continue
         if kernel == "post_backward":
             plan = plan_of(*post[:3], tiles=tiles)
-            operands = (None, None, one.grad_streams, *post, None, None, None, None)
+            operands = (None, None, one.grad_streams, *post, None, None, None)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
             continue
         # The forward in the default tiles where it is not measured.
@@ -129,7 +124,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
             made.append(partial(backward_launch.pre_backward, plan, *operands))
         else:
-            operands = (None, scratch, one.grad_streams, *post, streams, *read)
+            operands = (None, scratch, one.grad_streams, *post, *read)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
     return made
 

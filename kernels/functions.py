@@ -69,7 +69,6 @@ class Post(torch.autograd.Function):
             None,
             None,
             None,
-            None,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
 
@@ -244,7 +243,6 @@ class PostPre(torch.autograd.Function):
             branch,
             branch_bias,
             packed,
-            new_streams,
             grad_u,
             read_packed,
             factors,

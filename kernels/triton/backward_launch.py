@@ -70,30 +70,26 @@ def streams_backward(
     branch: Tensor,
     branch_bias: Tensor | None,
     packed: Tensor,
-    new_streams: Tensor | None,
     grad_u: Tensor | None,
     read_packed: Tensor | None,
     factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of streams, branch and the mappings that wrote.
 
-    ``grad_u`` is that before its norm; the last four are those of the sublayer that reads the
-    streams. None of them, nor of scratch, for ``post`` alone. Of few streams, the new ones are
-    built again and not read.
+    ``grad_u`` is that before its norm; the last three are those of the sublayer that reads the
+    streams. None of them, nor of scratch, for ``post`` alone.
     """
     grad_x = torch.empty_like(streams)
     grad_branch = torch.empty_like(branch)
     grad_packed = torch.empty_like(packed)
     sums = grad_packed
-    states: tuple[Tensor | None, ...] = (streams,)
     if plan.wide:
         sums = torch.empty(plan.streams_sums, dtype=torch.float32, device=plan.device)
-        states = streams, new_streams
     plan.streams_bwd[grad_streams is not None](
         stream,
         grad_streams,
         grad_u,
-        *states,
+        streams,
         branch,
         branch_bias,
         packed,

@@ -253,24 +253,24 @@ def wide_streams_bwd(
     has_bias: bool,
     single_pass: bool,
 ) -> Launch:
-    head, tail = logit_groups(num_logits)
+    terms = terms if parts_of(dtype) == 2 else 1
     return Launch(
         wide_backward_kernel.wide_streams_bwd,
         C=channels,
         N=n,
         M=num_logits,
-        HEAD=head,
-        TAIL=tail,
-        PARTS=parts_of(dtype),
-        TERMS=terms if parts_of(dtype) == 2 else 1,
+        TERMS=terms,
+        DEPTH=padded(terms * num_logits, 16),
         PRECISION=precision_of(dtype),
         HAS_GRAD_Y=has_grad_y,
         HAS_PRE=has_pre,
         HAS_BIAS=has_bias,
         SINGLE_PASS=single_pass,
+        INTERLEAVED=interleaves(n, dtype),
         SPAN=tile.span or channels,
         BT=tile.tokens,
         BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

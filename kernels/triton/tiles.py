@@ -45,8 +45,7 @@ class Tiles:
         streams_backward: ``streams_bwd`` of ``post_pre``, the gradients of streams and branch;
             tokens at least 16.
         post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices. These two of
-            more than four streams ``wide_streams_bwd``, with a ``span``, tokens and channels at
-            least 16.
+            more than four streams ``wide_streams_bwd``, with a ``span``.
         pre_backward: ``pre_bwd``, the gradients of the streams and phi; tokens at least 16.
         pre_split: tokens per program of ``pre_bwd``, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
@@ -140,16 +139,16 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
-    # 64 tokens are the rows of a tensor core's product, and 16 channels of them all that fits: phi
-    # twice, the streams once, and what goes from one product to the next fill the shared memory.
+    # 64 tokens are the rows of a tensor core's product, 16 channels all that its sums leave room
+    # for: a program's threads hold 4 channels of a token each.
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8),
         project=Tile(tokens=128, channels=64, num_warps=8, span=2560),
         post=Tile(tokens=16, channels=64, num_stages=1),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),
-        streams_backward=Tile(tokens=64, channels=16, num_warps=16, num_stages=2, span=1280),
-        post_backward=Tile(tokens=16, channels=32, num_stages=2, span=640),
+        streams_backward=Tile(tokens=64, channels=16, num_warps=8, num_stages=2, span=640),
+        post_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=1, span=640),
         pre_backward=Tile(tokens=32, channels=64, num_warps=8, num_stages=2),
         weight_backward=Tile(tokens=64, channels=128, num_warps=8),
         weight_split=2048,

@@ -188,7 +188,7 @@ def training_step(
     inverse_rms = [meta(tokens), *[None] * REBUILT]
     norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
     launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
-    read_by_nobody = (None, None, None, None)
+    read_by_nobody = (None, None, None)
     backward_launch.streams_backward(
         post_plan, None, None, streams, streams, branch, None, packed, *read_by_nobody
     )
@@ -212,10 +212,7 @@ def training_step(
         grad_u = backward_launch.mix_backward(plan, None, scratch, *mixed)
         read = (grad_u, new_packed, factors)
         if has_branch:
-            states = streams, streams
-            backward_launch.streams_backward(
-                plan, None, scratch, *states, *post, new_streams, *read
-            )
+            backward_launch.streams_backward(plan, None, scratch, streams, streams, *post, *read)
             continue
         for grad, wanted in ((streams, weight), (None, None)):
             backward_launch.pre_backward(plan, None, scratch, grad, streams, *read, wanted, None)
