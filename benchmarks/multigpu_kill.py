@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from helpers.pool import process_context
-from multigpu_parity import run_config
+from parity_cases import run_config
 from ranks import layouts, start
 
 from mhc_megatron.config import Backend
