@@ -40,9 +40,9 @@ from mhc_megatron.errors import UserError
 # Seconds, without the start of processes. Together below nine minutes; by itself a part may have
 # all of them. Its first job compiles the kernels, a minute.
 LIMITS = {
-    "parity": 140.0,
-    "steps": 130.0,
-    "experts": 90.0,
+    "parity": 130.0,
+    "steps": 120.0,
+    "experts": 110.0,
     "p2p": 40.0,
     "scaling": 50.0,
     "kill": 80.0,

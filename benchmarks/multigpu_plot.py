@@ -49,9 +49,9 @@ def steps(lines: list[Line], metric: str = "step") -> dict[str, dict[str, float]
     return _by_layout(lines, metric, "schedule", "{}")
 
 
-def experts(lines: list[Line]) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step of expert parallelism by implementation and layout."""
-    return _by_layout(lines, "step", "expert", "EP={}")
+def experts(lines: list[Line], metric: str = "step") -> dict[str, dict[str, float]]:
+    """Likewise of expert parallelism, by implementation and layout."""
+    return _by_layout(lines, metric, "expert", "EP={}")
 
 
 def _by_layout(

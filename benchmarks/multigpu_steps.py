@@ -92,7 +92,7 @@ def _attention(timed: list[Timed]) -> dict[str, str]:
 
 
 def _has_hidden_stages(config: TrainConfig) -> bool:
-    return config.cuda_graph and config.parallel.pipeline > 1
+    return config.cuda_graph and config.parallel.world_size > 1
 
 
 def _twice(config: TrainConfig) -> TrainConfig:

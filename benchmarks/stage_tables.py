@@ -117,7 +117,7 @@ def multigpu(lines: list[Line]) -> str:
 
 def multigpu_experts(lines: list[Line]) -> str:
     """Steps of expert parallelism over several GPUs, likewise."""
-    return _added("layout", experts(lines), {})
+    return _added("layout", experts(lines), experts(lines, "stage"))
 
 
 def _added(
