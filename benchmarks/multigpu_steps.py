@@ -23,6 +23,9 @@ from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.model import DTYPES
 from mhc_megatron.training.pipeline import pipeline_schedule
 
+# Metric, value, unit, and other keys of its line.
+Figure = tuple[str, float, str, dict[str, Any]]
+
 
 def step_lines(
     ranks: Ranks, size: Size, schedule: str, launch: str, *, num_layers: int | None
@@ -32,7 +35,7 @@ def step_lines(
         name: step_config(size, ranks.num_ranks, schedule, variant, launch, num_layers=num_layers)
         for name, variant in variants(schedule).items()
     }
-    yield from _variant_lines(ranks, configs, {"schedule": schedule}, launch)
+    yield from _variant_lines(ranks, configs, {"schedule": schedule})
 
 
 def expert_lines(
@@ -43,17 +46,17 @@ def expert_lines(
         name: expert_config(size, ranks.num_ranks, variant, launch, num_layers=num_layers)
         for name, variant in variants(NO_PIPELINE).items()
     }
-    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks}, launch)
+    yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks})
 
 
 def _variant_lines(
-    ranks: Ranks, configs: dict[str, TrainConfig], shape: dict[str, Any], launch: str
+    ranks: Ranks, configs: dict[str, TrainConfig], layout: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Lines of configurations by name, the first of which is what the others are compared with."""
-    by_variant = _timed(ranks, list(configs.values()))
+    by_variant = _timed(ranks, list(configs.values()), ranks.num_ranks)
     # Inside a graph no action is measured: what micro-batches more add to a step is.
     longer = [_twice(config) for config in configs.values() if _has_hidden_stages(config)]
-    by_longer = _timed(ranks, longer) if longer else [None] * len(configs)
+    by_longer = _timed(ranks, longer, ranks.num_ranks) if longer else [None] * len(configs)
     baseline: dict[str, float] = {}
     for (variant, config), timed, more_timed in zip(
         configs.items(), by_variant, by_longer, strict=True
@@ -62,17 +65,9 @@ def _variant_lines(
         if more_timed is not None:
             added = _step_ms(more_timed) - _step_ms(timed)
             figures.append(("stage", added / config.num_micro_batches, "ms", {}))
-        for metric, value, unit, more in figures:
-            line = {
-                "impl": "megatron_core" if variant == "plain" else f"mhc_megatron.{variant}",
-                "shape": {**_shape(config), **shape},
-                "metric": metric,
-                "value": value,
-                "unit": unit,
-                "launch": launch,
-                **_attention(timed),
-                **more,
-            }
+        for figure in figures:
+            line = _line(variant, config, layout, timed, figure)
+            metric, value = line["metric"], line["value"]
             if variant == "plain":
                 baseline[metric] = value
             elif metric in baseline:
@@ -81,14 +76,31 @@ def _variant_lines(
             yield line
 
 
-def _timed(ranks: Ranks, configs: list[TrainConfig]) -> list[list[Timed]]:
+def _line(
+    variant: str,
+    config: TrainConfig,
+    layout: dict[str, Any],
+    timed: list[Timed],
+    figure: Figure,
+) -> dict[str, Any]:
+    metric, value, unit, more = figure
+    attention = timed[0].attention
+    return {
+        "impl": "megatron_core" if variant == "plain" else f"mhc_megatron.{variant}",
+        "shape": {**_shape(config), **layout},
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "launch": "graph" if config.cuda_graph else "eager",
+        **({} if attention is None else {"attention": attention}),
+        **more,
+    }
+
+
+def _timed(ranks: Ranks, configs: list[TrainConfig], num_ranks: int) -> list[list[Timed]]:
     """By configuration, what every rank measured."""
-    by_rank = ranks.run(time_steps, ranks.num_ranks, configs, seconds=SECONDS)
+    by_rank = ranks.run(time_steps, num_ranks, configs, seconds=SECONDS)
     return [list(timed) for timed in zip(*by_rank, strict=True)]
-
-
-def _attention(timed: list[Timed]) -> dict[str, str]:
-    return {} if timed[0].attention is None else {"attention": timed[0].attention}
 
 
 def _has_hidden_stages(config: TrainConfig) -> bool:
@@ -108,10 +120,7 @@ def _step_ms(timed: list[Timed]) -> float:
     return statistics.median(_steps_ms(timed))
 
 
-def _figures(
-    config: TrainConfig, timed: list[Timed]
-) -> Iterator[tuple[str, float, str, dict[str, Any]]]:
-    """(metric, value, unit, other keys)."""
+def _figures(config: TrainConfig, timed: list[Timed]) -> Iterator[Figure]:
     steps, step = _steps_ms(timed), _step_ms(timed)
     tokens = config.global_batch_size * config.model.seq_length
     yield "step", step, "ms", {"spread": [min(steps), max(steps)]}
@@ -164,19 +173,10 @@ def scaling_lines(
         if data > ranks.num_ranks:
             return
         config = scaling_config(size, data, launch, num_layers=num_layers)
-        by_rank = ranks.run(time_steps, data, [config], seconds=SECONDS)
-        for metric, value, unit, more in _figures(config, [rank[0] for rank in by_rank]):
-            line = {
-                "impl": "mhc_megatron.mhc",
-                "shape": {**_shape(config), "data": data},
-                "metric": metric,
-                "value": value,
-                "unit": unit,
-                "launch": launch,
-                **_attention([rank[0] for rank in by_rank]),
-                **more,
-            }
-            if metric == "throughput":
-                one = one or value
-                line["ratio_to_linear"] = round(value / (data * one), 4)
+        [timed] = _timed(ranks, [config], data)
+        for figure in _figures(config, timed):
+            line = _line("mhc", config, {"data": data}, timed, figure)
+            if line["metric"] == "throughput":
+                one = one or line["value"]
+                line["ratio_to_linear"] = round(line["value"] / (data * one), 4)
             yield line
