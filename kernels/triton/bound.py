@@ -173,6 +173,12 @@ def read_fwd(
     )
 
 
+def later_tokens(n: int, tile: Tile) -> int:
+    """Of a program of ``mix_bwd`` that walks through iterations: one for every thread, unless a
+    block of their matrices would fill more than 16 registers."""
+    return min(32, 512 // padded(n * n, 2)) * tile.num_warps
+
+
 @cache
 def mix_bwd(
     n: int,
@@ -198,6 +204,7 @@ def mix_bwd(
         SINGLE_PASS=single_pass,
         HAS_GRAD_PACKED=has_grad_packed,
         HAS_NORM=has_norm,
+        COUNT=later_tokens(n, tile),
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),

@@ -152,8 +152,15 @@ class Buffers:
 
     @cached_property
     def mix_programs(self) -> int:
-        """Of ``mix_bwd``; each writes partial sums."""
+        """Of ``mix_bwd``, that read streams; each writes partial sums. None in a single pass."""
+        if self.single_pass:
+            return self.later_programs
         return blocks(self.num_tokens, self.mix_backward_tile.tokens)
+
+    @cached_property
+    def later_programs(self) -> int:
+        """Of ``mix_bwd``, that walk through iterations; likewise."""
+        return blocks(self.num_tokens, bound.later_tokens(self.num_streams, self.mix_backward_tile))
 
     @property
     def mix_backward_tile(self) -> Tile:
@@ -165,7 +172,7 @@ class Buffers:
         """What the backward's kernels leave to each other, as parts of one buffer, and its size.
 
         projected: gradient of ``vec(x) phi``, [PARTS * M, T].
-        radial: of the RMS, [T].
+        radial: of the RMS, [2, T].
         history: the iterations' divisors.
         small_sums: of alphas and bias, [programs, 2 M].
         norm_sums: of a norm's weight, [programs, C].
@@ -174,7 +181,7 @@ class Buffers:
         rows = 2 * (self.options.iterations - 1) * self.num_streams if self.iterates else 0
         sizes = {
             "projected": self.parts * self.num_logits * self.num_tokens,
-            "radial": self.num_tokens,
+            "radial": 2 * self.num_tokens,
             "history": rows * self.num_tokens,
             "small_sums": 2 * self.num_logits * self.mix_programs,
             "norm_sums": self.mix_programs * self.channels if self.has_norm else 0,

@@ -37,9 +37,9 @@ def store_projected(
 
 
 @triton.jit
-def write_partial(partial_ptr, sums, rows, mask):
-    """This program's sums, of ``reduce_partials``'s [rows, programs]."""
-    tl.store(partial_ptr + rows * tl.num_programs(0) + tl.program_id(0), sums, mask=mask)
+def write_partial(partial_ptr, columns, sums, rows, mask):
+    """A program's sums in its column of ``reduce_partials``'s [rows, columns]."""
+    tl.store(partial_ptr + rows * columns, sums, mask=mask)
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def write_gradients(
     first_row: tl.constexpr,
     projected_ptr,
     partial_ptr,
+    columns,
     inverse_rms,
     tokens,
     T,
@@ -64,8 +65,9 @@ def write_gradients(
     mask = (index < ROWS)[None, :] & (tokens < T)[:, None]
     grad = tl.where(mask, grad, 0.0)
     grad_raw, grad_gate = gate_bwd(grad, raw, alpha, PROJECTION)
-    write_partial(partial_ptr, tl.sum(grad, axis=0), first_row + index, index < ROWS)
-    write_partial(partial_ptr, tl.sum(grad_gate, axis=0), M + first_row + index, index < ROWS)
+    write_partial(partial_ptr, columns, tl.sum(grad, axis=0), first_row + index, index < ROWS)
+    gate_sums = tl.sum(grad_gate, axis=0)
+    write_partial(partial_ptr, columns, gate_sums, M + first_row + index, index < ROWS)
     rows = (first_row + index)[None, :]
     projected = grad_raw * inverse_rms[:, None]
     store_projected(projected_ptr, projected, rows, tokens[:, None], mask, T, M, PARTS)
@@ -82,6 +84,7 @@ def vector_bwd(
     bias_ptr,
     projected_ptr,
     partial_ptr,
+    columns,
     tokens,
     inverse_rms,
     T,
@@ -104,6 +107,7 @@ def vector_bwd(
         first_row,
         projected_ptr,
         partial_ptr,
+        columns,
         inverse_rms,
         tokens,
         T,
@@ -123,6 +127,7 @@ def matrix_bwd(
     bias_ptr,
     projected_ptr,
     partial_ptr,
+    columns,
     history_ptr,
     tokens,
     inverse_rms,
@@ -170,6 +175,7 @@ def matrix_bwd(
         2 * N,
         projected_ptr,
         partial_ptr,
+        columns,
         inverse_rms,
         tokens,
         T,
@@ -190,6 +196,7 @@ def permutation_bwd(
     matrices_ptr,
     projected_ptr,
     partial_ptr,
+    columns,
     tokens,
     inverse_rms,
     T,
@@ -212,8 +219,9 @@ def permutation_bwd(
         grad_weight = tl.sum(grad * load_permutation(matrices_ptr, k, N, NN), axis=1)
         grad_logit = tl.exp(logit - highest) / total * (grad_weight - mean)
         grad_logit = tl.where(tokens < T, grad_logit, 0.0)
-        write_partial(partial_ptr, tl.sum(grad_logit, axis=0), 2 * N + k, True)
-        write_partial(partial_ptr, tl.sum(grad_logit * raw, axis=0), M + 2 * N + k, True)
+        write_partial(partial_ptr, columns, tl.sum(grad_logit, axis=0), 2 * N + k, True)
+        gate_sum = tl.sum(grad_logit * raw, axis=0)
+        write_partial(partial_ptr, columns, gate_sum, M + 2 * N + k, True)
         grad_raw = grad_logit * alpha
         projected = grad_raw * inverse_rms
         store_projected(projected_ptr, projected, 2 * N + k, tokens, tokens < T, T, M, PARTS)

@@ -44,10 +44,9 @@ def normalise(
 
 @triton.jit
 def store_norm_partial(partial_ptr, grad, u, inverse_rms, columns, C: tl.constexpr):
-    """This program's part of w's gradient, ``sum_t grad_v u / rms(u)``; [programs, C]."""
+    """This program's part of w's gradient, ``sum_t grad_v u / rms(u)``, a row of C."""
     sums = tl.sum(grad * u * inverse_rms[:, None], axis=0)
-    row = partial_ptr + tl.program_id(0).to(tl.int64) * C
-    tl.store(row + columns, sums, mask=columns < C)
+    tl.store(partial_ptr + columns, sums, mask=columns < C)
 
 
 @triton.jit

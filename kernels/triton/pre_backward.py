@@ -7,6 +7,7 @@ from mhc_megatron.kernels.triton.streams_backward import load_projected
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
+    load_radial,
     load_weight,
     through_registers,
 )
@@ -85,7 +86,7 @@ def pre_bwd(
         u_pointers = grad_u_ptr + start * C + rows * C + channels[None, :]
         grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
         read = tl.load(packed_ptr + stream * T + tokens, mask=live, other=0.0)
-        radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
+        radial = load_radial(radial_ptr, tokens, live, T, False)
         grad = tl.zeros([BT, BC], tl.float32)
         if HAS_GRAD_Y:
             grad = tl.load(grad_y_ptr + start * K + places, mask=mask, other=0.0).to(tl.float32)

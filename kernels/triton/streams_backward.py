@@ -9,6 +9,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     lane_sums,
     load_branch,
     load_coefficients,
+    load_radial,
     load_streams,
     load_weight,
     post_mix_stream,
@@ -119,7 +120,7 @@ def streams_bwd(
         grad_u_ptr += first * C
         read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
         read = load_coefficients(read_ptr, 0, tokens, live, T, N)
-        radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
+        radial = load_radial(radial_ptr, tokens, live, T, SINGLE_PASS)
         high = load_projected(projected_ptr, 0, tokens, live, T, M, MP)
         low = high
         if TERMS >= 2:

@@ -21,6 +21,15 @@ def token_rows(T, BT: tl.constexpr, SPLITS: tl.constexpr = 1):
 
 
 @triton.jit
+def load_radial(radial_ptr, tokens, live, T, SINGLE_PASS: tl.constexpr):
+    """What the division by the RMS contributes, of ``mix_bwd``'s [2, T]."""
+    radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
+    if not SINGLE_PASS:
+        radial += tl.load(radial_ptr + T + tokens, mask=live, other=0.0)
+    return radial
+
+
+@triton.jit
 def span_of(C: tl.constexpr, SPAN: tl.constexpr):
     """The first of the program's channels, SPAN of C, and the one behind the last."""
     if SPAN >= C:

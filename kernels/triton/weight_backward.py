@@ -97,6 +97,7 @@ def reduce_partials(
     grad_alpha_ptr,
     grad_norm_ptr,
     programs,
+    later_programs,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     C: tl.constexpr,
@@ -112,8 +113,9 @@ def reduce_partials(
     """A number of bias [M] per program, then one of alpha [3], then NORM_COLUMNS numbers of the
     norm's weight [C], then BLOCK numbers of phi.
 
-    ``partial``: [2 M, programs], and ``norm_partial``: [programs, C], of ``mix_bwd``. ACCUMULATE
-    adds phi's to what is there.
+    ``partial``: [2 M, programs], and ``norm_partial``: [programs, C], of ``mix_bwd``. In rows of
+    H_post and H_res only ``later_programs`` columns are written. ACCUMULATE adds phi's to what is
+    there.
     """
     program = tl.program_id(0)
     if program < M + 3:
@@ -123,12 +125,13 @@ def reduce_partials(
             gate = program - M
             first = M + gate * N
             count = tl.where(gate < 2, N, M - 2 * N)
+        written = tl.where(first % M < N, programs, later_programs)
         rows = tl.arange(0, ROWS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for step in range(0, programs, COLUMNS):
+        for step in range(0, written, COLUMNS):
             columns = step + tl.arange(0, COLUMNS)
             pointers = partial_ptr + (first + rows)[:, None].to(tl.int64) * programs + columns
-            mask = (rows < count)[:, None] & (columns < programs)[None, :]
+            mask = (rows < count)[:, None] & (columns < written)[None, :]
             total += tl.load(pointers, mask=mask, other=0.0)
         result = tl.sum(tl.sum(total, axis=1), axis=0)
         target = grad_bias_ptr + program if program < M else grad_alpha_ptr + (program - M)

@@ -15,6 +15,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     gather_coefficients,
     gathered,
     lane_sums,
+    load_radial,
     phi_pointers,
     post_mix_row,
     separate,
@@ -126,7 +127,7 @@ def wide_streams_bwd(
     if HAS_PRE:
         grad_u_ptr += first * C
         read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
-        radial = tl.load(radial_ptr + tokens, mask=live, other=0.0)
+        radial = load_radial(radial_ptr, tokens, live, T, SINGLE_PASS)
         terms = load_terms(projected_ptr, tokens, live, T, M, TERMS, DEPTH)
         gather_coefficients(sums_ptr, read_ptr, 0, tokens, live, T, N, BT)
     if SINGLE_PASS:
