@@ -105,7 +105,8 @@ def pre_bwd(
             # grad_phi = grad_projected^T vec(x)
             pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
             projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
-            factor = through_registers(x, mask).to(projected_ptr.dtype.element_ty)
-            sums = dot(projected, factor, sums, PRECISION)
+            factor = x.to(projected_ptr.dtype.element_ty)
+            product = dot(projected, factor, tl.zeros([PARTS * ROWS, BC], tl.float32), PRECISION)
+            sums += tl.where((m < M)[:, None], product, 0.0)
     if TRAINS:
         store_weight_sums(weight_partial_ptr, split, sums, columns, present, K, M, ROWS, PARTS, BC)

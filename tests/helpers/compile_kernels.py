@@ -99,14 +99,24 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
 
 
 def overwritten_tiles(ttgir: str) -> list[str]:
-    """Tiles in shared memory that an asynchronous product takes and registers as well.
+    """Tiles in shared memory that a product reads beside later loads, and registers as well.
 
     Triton gives such a tile one place too few in its loop, so that a later load writes where the
-    product still reads: results differ from run to run.
+    product still reads: results differ from run to run. A product that is waited for before the
+    next load, as where its result is used in its own iteration, is none of these.
     """
-    products = re.findall(r"warp_group_dot (%\w+), (%\w+), .*isAsync = true", ttgir)
     loads = set(re.findall(r"ttg\.local_load (%\w+)", ttgir))
-    return sorted({tile for factors in products for tile in factors} & loads)
+    running: set[str] = set()
+    found: set[str] = set()
+    for line in ttgir.splitlines():
+        product = re.search(r"warp_group_dot (%\w+), (%\w+), .*isAsync = true", line)
+        if product:
+            running.update(product.groups())
+        elif "warp_group_dot_wait" in line and "pendings = 0" in line:
+            running.clear()
+        elif "ttg.async_copy" in line or "scf.yield" in line:
+            found |= running & loads
+    return sorted(found)
 
 
 def resources(cubin: bytes) -> str:

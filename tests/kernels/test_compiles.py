@@ -51,6 +51,12 @@ def test_a_tile_that_registers_and_a_running_product_read_is_found() -> None:
     """As the compiler wrote it for a kernel whose results differed from run to run."""
     product = "%p = ttng.warp_group_dot %y, %w, %sum {isAsync = true} : !ttg.memdesc<128x64xbf16>\n"
     load = "%r = ttg.local_load %y token %t : !ttg.memdesc<128x64xbf16> -> tensor<128x64xbf16>\n"
-    assert overwritten_tiles(load + product) == ["%y"]
-    assert overwritten_tiles(load.replace("%y", "%z") + product) == []
-    assert overwritten_tiles(load + product.replace("isAsync = true", "")) == []
+    copy = "%c = ttg.async_copy_global_to_local %pointers, %place : <128x64xbf16>\n"
+    wait = "%q = ttng.warp_group_dot_wait %p, %y, %w {pendings = N : i32} : tensor<128x64xf32>\n"
+    waited, left_running = wait.replace("N", "0"), wait.replace("N", "1")
+    for later in (copy, "scf.yield %p\n"):
+        assert overwritten_tiles(load + product + later) == ["%y"]
+        assert overwritten_tiles(load + product + left_running + later) == ["%y"]
+        assert overwritten_tiles(load + product + waited + later) == []
+        assert overwritten_tiles(load.replace("%y", "%z") + product + later) == []
+        assert overwritten_tiles(load + product.replace("isAsync = true", "") + later) == []
