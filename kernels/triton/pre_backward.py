@@ -9,7 +9,6 @@ from mhc_megatron.kernels.triton.tile_math import (
     dot,
     load_radial,
     load_weight,
-    through_registers,
 )
 from mhc_megatron.kernels.triton.weight_backward import store_weight_sums
 

@@ -112,7 +112,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             weight_split=2048,
         )
     return Tiles(
-        mix=Tile(tokens=32, channels=64, num_warps=8, num_stages=4),
+        mix=Tile(tokens=32, channels=64, num_stages=4),
         post=Tile(tokens=16, channels=128, num_stages=1),
         rebuild=Tile(tokens=16, channels=128, num_stages=1),
         mix_backward=Tile(tokens=16, channels=128),
