@@ -87,20 +87,25 @@ def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N: tl.constexpr):
 
 
 @triton.jit
-def write_vectors(
+def write_mappings(
     raw_ptr,
     alpha_pre_ptr,
     alpha_post_ptr,
+    alpha_res_ptr,
     bias_ptr,
+    matrices_ptr,
     packed_ptr,
     tokens,
     T,
     eps,
     N: tl.constexpr,
     NP: tl.constexpr,
+    NN: tl.constexpr,
+    M: tl.constexpr,
     PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
 ):
-    """H_pre and H_post of the tile's tokens, to ``packed``."""
+    """``mappings`` of the tile's tokens, to ``packed``."""
     pre = load_block(raw_ptr, 0, tokens, T, N, NP)
     pre = gate(pre, tl.load(alpha_pre_ptr), load_bias(bias_ptr, 0, N, NP), PROJECTION)
     post = load_block(raw_ptr, N, tokens, T, N, NP)
@@ -111,46 +116,24 @@ def write_vectors(
         if PROJECTION == "sinkhorn_v4":
             pre += eps
         post = 2.0 * tl.sigmoid(post)
-    pointers, mask = block_pointers(packed_ptr, 0, tokens, T, N, NP)
-    tl.store(pointers, pre, mask=mask)
-    pointers, mask = block_pointers(packed_ptr, N, tokens, T, N, NP)
-    tl.store(pointers, post, mask=mask)
 
-
-@triton.jit
-def write_matrix(
-    raw_ptr,
-    alpha_ptr,
-    bias_ptr,
-    matrices_ptr,
-    packed_ptr,
-    tokens,
-    T,
-    eps,
-    N: tl.constexpr,
-    NN: tl.constexpr,
-    M: tl.constexpr,
-    PROJECTION: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-):
-    """H_res of the tile's tokens, to ``packed``."""
-    pointers, mask = block_pointers(packed_ptr, 2 * N, tokens, T, N * N, NN)
+    res_pointers, res_mask = block_pointers(packed_ptr, 2 * N, tokens, T, N * N, NN)
     if PROJECTION == "identity":
         entry = tl.arange(0, NN)
-        res = tl.zeros(pointers.shape, tl.float32)
+        res = tl.zeros(res_pointers.shape, tl.float32)
         res += tl.where(entry // N == entry % N, 1.0, 0.0)[None, :]
     elif PROJECTION == "permutation":
         # res = sum_k softmax(logits)_k P_k
-        alpha = tl.load(alpha_ptr)
+        alpha = tl.load(alpha_res_ptr)
         highest, total = permutation_statistics(raw_ptr, alpha, bias_ptr, tokens, T, N, M - 2 * N)
-        res = tl.zeros(pointers.shape, tl.float32)
+        res = tl.zeros(res_pointers.shape, tl.float32)
         for k in range(M - 2 * N):
             logit = permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N)
             weight = tl.exp(logit - highest) / total
             res += weight[:, None] * load_permutation(matrices_ptr, k, N, NN)
     else:
         res = load_block(raw_ptr, 2 * N, tokens, T, N * N, NN)
-        res = gate(res, tl.load(alpha_ptr), load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
+        res = gate(res, tl.load(alpha_res_ptr), load_bias(bias_ptr, 2 * N, N * N, NN), PROJECTION)
         if PROJECTION != "unconstrained":
             V4: tl.constexpr = PROJECTION == "sinkhorn_v4"
             # log2, of at most 64; a constexpr of Triton 3.3 has no bit_length.
@@ -159,7 +142,12 @@ def write_matrix(
             live = tokens < T
             res = sinkhorn_fwd(logits, eps, raw_ptr, tokens, live, T, N, ITERATIONS, V4, False)
             res = block_of(res, N * N, LEVELS)
-    tl.store(pointers, res, mask=mask)
+
+    pointers, mask = block_pointers(packed_ptr, 0, tokens, T, N, NP)
+    tl.store(pointers, pre, mask=mask)
+    pointers, mask = block_pointers(packed_ptr, N, tokens, T, N, NP)
+    tl.store(pointers, post, mask=mask)
+    tl.store(res_pointers, res, mask=res_mask)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.coefficients import write_matrix, write_vectors
+from mhc_megatron.kernels.triton.coefficients import write_mappings
 from mhc_megatron.kernels.triton.norm import normalise
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
@@ -119,18 +119,23 @@ def write_read(
     tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
     # Other threads than wrote them read raw, and below y.
     tl.debug_barrier()
-    write_vectors(
+    write_mappings(
         raw_ptr,
         alpha_pre_ptr,
         alpha_post_ptr,
+        alpha_res_ptr,
         bias_ptr,
+        matrices_ptr,
         next_packed_ptr,
         tokens,
         T,
         eps,
         N,
         NP,
+        NN,
+        M,
         PROJECTION,
+        ITERATIONS,
     )
     if READS:
         # From memory, whose loads take the layout of the tiles of streams. Of many streams these
@@ -159,22 +164,6 @@ def write_read(
             norm_inverse_rms = tl.rsqrt(tl.sum(u_squares, axis=1) / C + norm_eps)
             tl.store(norm_inverse_rms_ptr + tokens, norm_inverse_rms, mask=live)
             normalise(u_ptr + branch_rows, norm_weight_ptr, norm_inverse_rms, live, C, BC, STAGES)
-    # Last: nothing here waits for H_res, and its iterations leave the memory to other programs.
-    write_matrix(
-        raw_ptr,
-        alpha_res_ptr,
-        bias_ptr,
-        matrices_ptr,
-        next_packed_ptr,
-        tokens,
-        T,
-        eps,
-        N,
-        NN,
-        M,
-        PROJECTION,
-        ITERATIONS,
-    )
 
 
 @triton.jit

@@ -118,7 +118,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         mix_backward=Tile(tokens=16, channels=128),
         streams_backward=Tile(tokens=32, channels=64, num_warps=8),
         post_backward=Tile(tokens=4, channels=256, num_stages=1),
-        pre_backward=Tile(tokens=32, channels=64, num_stages=3),
+        pre_backward=Tile(tokens=32, channels=64, num_stages=4),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
     )
