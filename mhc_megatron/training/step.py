@@ -64,6 +64,20 @@ def run_step(
     Returns:
         The mean loss per token over the global batch, the same number on every rank.
     """
+    return launch_step(
+        config, forward_backward, chunks, micro_batches, forward_only=forward_only
+    ).item()
+
+
+def launch_step(
+    config: TrainConfig,
+    forward_backward: ForwardBackwardFunction,
+    chunks: list[torch.nn.Module],
+    micro_batches: list[Batch],
+    *,
+    forward_only: bool = False,
+) -> Tensor:
+    """``run_step`` whose loss, a float64 scalar, is there when the GPU has come so far."""
     reports = forward_backward(
         forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in chunks],
@@ -81,4 +95,4 @@ def run_step(
     )
     # Only the rank of the last stage has reports; the others add zero.
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return (total[0] / total[1]).item()
+    return total[0] / total[1]

@@ -38,7 +38,7 @@ from mhc_megatron.training.pipeline import (
     pipeline_ranks,
 )
 from mhc_megatron.training.probe import Mappings, probe_mappings
-from mhc_megatron.training.step import Batch, run_step
+from mhc_megatron.training.step import Batch, launch_step, run_step
 from mhc_megatron.training.verify import newest_good
 
 _Value = TypeVar("_Value")
@@ -101,6 +101,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.chunks)
         self.background = BackgroundSave(self.folder / "checkpoints", config)
         self._meter = open_meter()
+        self._ahead: tuple[int, list[Batch]] | None = None
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = forward_backward_func(config, self.megatron_config)
         executor = executor_of(self.forward_backward)
@@ -158,18 +159,23 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = self._batches(self.train_data, step)
+        batches = self._training_batches(step)
         self.heartbeat.begin("forward and backward")
+        # Of a graph the host does not wait for the loss: while the GPU works it reads ahead and
+        # comes to the optimizer. Else it does, so that what hangs is named by what it hangs in.
+        run = launch_step if self.config.cuda_graph else run_step
         with measured(
             self.config, self.forward_backward, enabled=step == self.config.steps - 1
         ) as spans:
-            loss = run_step(self.config, self.forward_backward, self.chunks, batches)
+            loss = run(self.config, self.forward_backward, self.chunks, batches)
+        self._read_ahead(step + 1)
+        self.heartbeat.begin("optimizer", together=True)
+        _, grad_norm, _ = self.optimizer.step()
+        loss = float(loss)
         # With the guard, all ranks judge the step together once it is over (training/rollback.py).
         stops = not self.config.guard.max_rollbacks
         if stops:
             self._require_finite("loss", loss, step + 1)
-        self.heartbeat.begin("optimizer", together=True)
-        _, grad_norm, _ = self.optimizer.step()
         # fp16 skips a step whose gradients overflow; the other dtypes never should.
         if stops and self.config.dtype != "fp16" and grad_norm is not None:
             self._require_finite("gradient norm", float(grad_norm), step + 1)
@@ -220,10 +226,21 @@ class Trainer:
             self.finish_save()  # of steps that were good
         require_finite(what, value, step)
 
+    def _training_batches(self, step: int) -> list[Batch]:
+        """What was read ahead, if it is of this step."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == step:
+            return ahead[1]
+        return self._batches(self.train_data, step)
+
+    def _read_ahead(self, step: int) -> None:
+        if step < self.config.steps:
+            self.heartbeat.begin("reads data")
+            self._ahead = step, self._batches(self.train_data, step)
+
     def _batches(self, dataset: Any, step: int) -> list[Batch]:
-        device = torch.cuda.current_device()
         return [
-            {key: value.to(device) for key, value in batch(dataset, indices).items()}
+            {key: _on_device(value) for key, value in batch(dataset, indices).items()}
             for indices in micro_batch_indices(
                 step,
                 global_batch_size=self.config.global_batch_size,
@@ -232,6 +249,14 @@ class Trainer:
                 data_size=self.config.parallel.data,
             )
         ]
+
+
+def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Copied to the GPU in its turn; the host does not wait, which it would without pages of its
+    own."""
+    if torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(torch.cuda.current_device(), non_blocking=True)
 
 
 def _prepare_data(config: TrainConfig) -> tuple[str, str]:
