@@ -18,6 +18,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_radial,
     phi_pointers,
     post_mix_row,
+    rounded,
     separate,
     span_of,
     token_rows,
@@ -194,7 +195,7 @@ def wide_streams_bwd(
                 for i in tl.static_range(N):
                     res = res + (gathered(sums_ptr, (2 + o) * N + i, BT),)
                 y = post_mix_row(x, branch, post, res, N)
-                y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+                y = rounded(y, x_ptr.dtype.element_ty, PRECISION).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
                 read = gathered(sums_ptr, o, BT)
                 grad += radial[:, None] * y + read[:, None] * grad_u
