@@ -232,25 +232,16 @@ def by_channel(joined, BITS: tl.constexpr, ORDER: tl.constexpr, BT: tl.constexpr
 
 @triton.jit
 def separate(joined, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """The inverse of ``interleave``, also of eight streams."""
+    """The inverse of ``interleave``."""
     if N == 1:
         streams = (joined,)
     elif N == 2:
         streams = tl.split(by_channel(joined, [2], [0, 1, 3, 2], BT, BC))
-    elif N == 4:
+    else:
         even, odd = tl.split(by_channel(joined, [2, 2], [0, 1, 4, 2, 3], BT, BC))
         zero, two = tl.split(even)
         one, three = tl.split(odd)
         streams = (zero, one, two, three)
-    else:
-        even, odd = tl.split(by_channel(joined, [2, 2, 2], [0, 1, 5, 2, 3, 4], BT, BC))
-        zero_four, two_six = tl.split(even)
-        one_five, three_seven = tl.split(odd)
-        zero, four = tl.split(zero_four)
-        one, five = tl.split(one_five)
-        two, six = tl.split(two_six)
-        three, seven = tl.split(three_seven)
-        streams = (zero, one, two, three, four, five, six, seven)
     return streams
 
 
