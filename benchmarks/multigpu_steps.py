@@ -52,18 +52,18 @@ def expert_lines(
 def _variant_lines(
     ranks: Ranks, configs: dict[str, TrainConfig], layout: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Lines of configurations by name, the first of which is what the others are compared with."""
-    by_variant = _timed(ranks, list(configs.values()), ranks.num_ranks)
-    # Inside a graph no action is measured: what micro-batches more add to a step is.
-    longer = [_twice(config) for config in configs.values() if _has_hidden_stages(config)]
-    by_longer = _timed(ranks, longer, ranks.num_ranks) if longer else [None] * len(configs)
+    """Lines of configurations by name, the first of which is what the others are compared with.
+
+    A job for each: what was found is there if no time is left for the next.
+    """
     baseline: dict[str, float] = {}
-    for (variant, config), timed, more_timed in zip(
-        configs.items(), by_variant, by_longer, strict=True
-    ):
+    for variant, config in configs.items():
+        # Inside a graph no action is measured: what micro-batches more add to a step is.
+        longer = [_twice(config)] if _has_hidden_stages(config) else []
+        timed, *more = _timed(ranks, [config, *longer], ranks.num_ranks)
         figures = list(_figures(config, timed))
-        if more_timed is not None:
-            added = _step_ms(more_timed) - _step_ms(timed)
+        for with_more in more:
+            added = _step_ms(with_more) - _step_ms(timed)
             figures.append(("stage", added / config.num_micro_batches, "ms", {}))
         for figure in figures:
             line = _line(variant, config, layout, timed, figure)

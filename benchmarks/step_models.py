@@ -17,7 +17,7 @@ from mhc_megatron.config import Backend, MHCConfig
 from mhc_megatron.training.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 WARM_UP, TIMED = 3, 4  # steps; one more is measured action by action
-SECONDS = 75.0  # of a schedule with all variants; the first compiles the kernels
+SECONDS = 75.0  # of a variant; the first compiles the kernels
 ACTIVE = 6  # experts of a token
 LAUNCHES = {"eager": False, "graph": True}  # value: cuda_graph
 NO_PIPELINE = "none"
