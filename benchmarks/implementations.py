@@ -5,7 +5,7 @@ work. Each implementation converts operands into its own layout once, outside wh
 """
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,14 @@ class Implementation:
         return torch.autograd.grad(
             outputs, list(self.leaves.values()), self.gradients, retain_graph=True
         )
+
+
+def forward_backward(several: Sequence[Implementation]) -> tuple[Tensor, ...]:
+    """All forwards, and one backward through them, as through the sublayers of a stage."""
+    outputs = [output for one in several for output in one.forward()]
+    leaves = [leaf for one in several for leaf in one.leaves.values()]
+    gradients = [gradient for one in several for gradient in one.gradients]
+    return torch.autograd.grad(outputs, leaves, gradients)
 
 
 def random_operands(

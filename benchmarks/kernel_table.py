@@ -14,6 +14,8 @@ from typing import Any
 
 Line = dict[str, Any]
 _OF_HOST = "4096, 2560, 4"
+_HOST = {"host": "host", "host_stage": "host, of eight"}
+_OF_LINE = ("value", "floor")
 _METRICS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "both"}
 
 
@@ -79,14 +81,20 @@ def ends(lines: list[Line]) -> str:
 def host(lines: list[Line]) -> str:
     """The host's time for forward and backward, and for a function without work, at one shape.
 
-    Of the commit that was measured last beside peers there.
+    Of the commit that was measured last beside peers there; where it was, also by each of several
+    whose backward is one.
     """
+    rows: dict[str, dict[str, Line]] = {}
+    for line in newest(lines):
+        if line["launch"] in _HOST and _shape(line) == _OF_HOST:
+            rows.setdefault(line["impl"], {})[line["launch"]] = line
+    measured = [launch for launch in _HOST if any(launch in row for row in rows.values())]
     body = [
-        [line["impl"], f"{line['value']:.0f} us", f"{line['floor']:.0f} us"]
-        for line in newest(lines)
-        if line["launch"] == "host" and _shape(line) == _OF_HOST
+        [name, *(_microseconds(row, launch, key) for launch in measured for key in _OF_LINE)]
+        for name, row in rows.items()
     ]
-    return markdown([_OF_HOST, "host", "without work"], body)
+    head = [title for launch in measured for title in (_HOST[launch], "without work")]
+    return markdown([_OF_HOST, *head], body)
 
 
 def read(path: Path) -> list[Line]:
@@ -106,6 +114,10 @@ def _by_shape(item: tuple[tuple[str, str], object]) -> tuple[int, list[int]]:
 
 def _numbers(shape: str) -> list[int]:
     return [int(number) for number in shape.split(", ")]
+
+
+def _microseconds(row: dict[str, Line], launch: str, key: str) -> str:
+    return f"{row[launch][key]:.0f} us" if launch in row else ""
 
 
 def _figure(line: Line | None) -> str:

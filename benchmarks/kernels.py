@@ -18,7 +18,13 @@ from typing import Any
 import ends
 import torch
 from contenders import ENDS, OURS, Build, builds_with, check
-from implementations import PEERS, Implementation, Operands, random_operands
+from implementations import (
+    PEERS,
+    Implementation,
+    Operands,
+    forward_backward,
+    random_operands,
+)
 from provenance import provenance
 from timing import (
     Times,
@@ -36,6 +42,10 @@ from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
 # Copies of the operands that a graph goes through, so that no input is left in the L2 cache.
 COPIES = 3
+# Sublayers whose backward is one.
+PAIRS = 8
+# Times of the host, and how many backwards are one.
+HOST = {"host": 1, "host_stage": PAIRS}
 # No multiple of a tile, but of 16: what peers tuned for is then compiled once.
 CHECKED_TOKENS = 304
 
@@ -81,6 +91,10 @@ def measure(build: Build, data: list[Operands]) -> Iterator[tuple[str, str, Time
     yield "fwd", "eager", eager_times(built[0].forward)
     yield "fwd_bwd", "eager", eager_times(lambda: both(built[0]))
     yield "fwd_bwd", "host", host_times(lambda: both(built[0]))
+    # As in a step: autograd starts once, and not for every sublayer.
+    stage = [build(data[i % len(data)]) for i in range(PAIRS)]
+    times = host_times(lambda: forward_backward(stage))
+    yield "fwd_bwd", "host_stage", Times(*(time / PAIRS for time in times))
 
 
 def run_shape(
@@ -106,7 +120,8 @@ def run_shape(
                 floors = ends.floor_bytes(*sizes, operation=built.end)
             for metric, launch, times in measure(builds[name], data):
                 moved = floors[("fwd", "bwd", "fwd_bwd").index(metric)]
-                floor = host_floor() if launch == "host" else moved / bandwidth * 1e6
+                of_host = launch in HOST
+                floor = host_floor(HOST[launch]) if of_host else moved / bandwidth * 1e6
                 yield {
                     "benchmark": "kernels",
                     "impl": built.name,
@@ -121,7 +136,7 @@ def run_shape(
                     "launch": launch,
                     "error": errors,
                     "deterministic": deterministic,
-                    **({"launch_us": round(host_launch(), 2)} if launch == "host" else {}),
+                    **({"launch_us": round(host_launch(), 2)} if of_host else {}),
                     **({} if tiles is None else {"tiles": str(tiles)}),
                     **source,
                 }

@@ -111,11 +111,18 @@ class _Nothing(torch.autograd.Function):
         return grad, None, None, None, None, None, None, None
 
 
-def host_floor() -> float:
-    """Microseconds of the host for forward and backward of an autograd function without work."""
-    leaves = [torch.ones(8, device="cuda", requires_grad=True) for _ in range(8)]
-    grad = torch.ones(8, device="cuda")
-    return host_times(lambda: torch.autograd.grad(_Nothing.apply(*leaves), leaves[:1], grad)).median
+def host_floor(pairs: int = 1) -> float:
+    """Microseconds of the host for forward and backward of an autograd function without work, of so
+    many in one backward by each."""
+    operands = torch.ones(pairs, 8, 8, device="cuda").unbind()
+    leaves = [[leaf.requires_grad_() for leaf in rows.unbind()] for rows in operands]
+    grads = [torch.ones(8, device="cuda")] * pairs
+
+    def call() -> None:
+        outputs = [_Nothing.apply(*of_one) for of_one in leaves]
+        torch.autograd.grad(outputs, [first for first, *_ in leaves], grads)
+
+    return host_times(call).median / pairs
 
 
 def host_launch(launches: int = 8) -> float:

@@ -232,6 +232,38 @@ def test_the_benchmark_checks_the_ends_of_a_model(
     assert floor[2] == sum(floor[:2])
 
 
+def test_several_pairs_in_one_backward_are_several_pairs(benchmark: Callable[[str], Any]) -> None:
+    implementations, measured = benchmark("implementations"), benchmark("contenders")
+    pairs = []
+    for seed in (1, 2):
+        data = implementations.random_operands(5, 2, 16, torch.bfloat16, seed, device="cpu")
+        pairs.append(measured.builds_with(None)["reference"](data))
+    separate = [grad for one in pairs for grad in one.backward(one.forward())]
+    together = implementations.forward_backward(pairs)
+    assert len(together) == len(separate) == 2 * len(pairs[0].leaves)
+    assert all(map(torch.equal, together, separate))
+
+
+def test_the_hosts_times_by_pair_are_beside_those_of_one_call(
+    benchmark: Callable[[str], Any],
+) -> None:
+    tables = benchmark("kernel_table")
+    shape = {"T": 4096, "C": 2560, "n": 4}
+    line = {"impl": "peer==1", "commit": "c", "shape": shape, "launch": "host", "metric": "fwd_bwd"}
+    lines = [{**line, "value": 600.4, "floor": 100.2}]
+    assert tables.host(lines).splitlines()[2:] == ["| peer==1 | 600 us | 100 us |"]
+    lines += [
+        {**line, "launch": "host_stage", "value": 300.0, "floor": 20.0},
+        {**line, "impl": "ours", "value": 500.0, "floor": 90.0},
+    ]
+    assert tables.host(lines).splitlines() == [
+        "| 4096, 2560, 4 | host | without work | host, of eight | without work |",
+        "| --- | --- | --- | --- | --- |",
+        "| peer==1 | 600 us | 100 us | 300 us | 20 us |",
+        "| ours | 500 us | 90 us |  |  |",
+    ]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_line_says_where_it_comes_from(path: Path) -> None:
     for text in path.read_text().splitlines():
