@@ -215,8 +215,9 @@ def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> Tile
             of_split = SPLITS.get(kernel, "weight_split")
             extra = f"terms={tiles.product_terms} split={getattr(tiles, of_split)}"
             print(f"  {microseconds:8.1f} us  {getattr(tiles, kernel)} {extra}")
-        if timed:
-            chosen = timed[0][1]
+        exact = [tiles for _, tiles in timed if tiles.product_terms == base.product_terms]
+        if exact:
+            chosen = exact[0]
             best = replace(best, **{kernel: getattr(chosen, kernel)})
             if kernel in SPLITS:
                 best = replace(best, **{SPLITS[kernel]: getattr(chosen, SPLITS[kernel])})
