@@ -104,6 +104,8 @@ def pre_bwd(
             # grad_phi = grad_projected^T vec(x)
             pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
             projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
+            # Added in its own iteration, the product ends before the next load writes where it
+            # reads x; see ``through_registers``, which takes longer.
             factor = x.to(projected_ptr.dtype.element_ty)
             product = dot(projected, factor, tl.zeros([PARTS * ROWS, BC], tl.float32), PRECISION)
             sums += tl.where((m < M)[:, None], product, 0.0)
