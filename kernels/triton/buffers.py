@@ -151,16 +151,20 @@ class Buffers:
         return self.splits > 1 or self.accumulates
 
     @cached_property
-    def mix_programs(self) -> int:
+    def read_programs(self) -> int:
         """Of ``mix_bwd``, that read streams; each writes partial sums. None in a single pass."""
-        if self.single_pass:
-            return self.later_programs
-        return blocks(self.num_tokens, self.mix_backward_tile.tokens)
+        return 0 if self.single_pass else blocks(self.num_tokens, self.mix_backward_tile.tokens)
 
     @cached_property
     def later_programs(self) -> int:
-        """Of ``mix_bwd``, that walk through iterations; likewise."""
+        """Of ``mix_bwd``, that walk through iterations; likewise, and no more than read streams, if
+        any do."""
         return blocks(self.num_tokens, bound.later_tokens(self.num_streams, self.mix_backward_tile))
+
+    @property
+    def sum_columns(self) -> int:
+        """Of the partial sums of alphas and bias: a program's."""
+        return self.read_programs or self.later_programs
 
     @property
     def mix_backward_tile(self) -> Tile:
@@ -174,7 +178,7 @@ class Buffers:
         projected: gradient of ``vec(x) phi``, [PARTS * M, T].
         radial: of the RMS, [2, T].
         history: the iterations' divisors.
-        small_sums: of alphas and bias, [programs, 2 M].
+        small_sums: of alphas and bias, [2 M, programs].
         norm_sums: of a norm's weight, [programs, C].
         weight_sums: of phi, [splits, M, K].
         """
@@ -183,8 +187,8 @@ class Buffers:
             "projected": self.parts * self.num_logits * self.num_tokens,
             "radial": 2 * self.num_tokens,
             "history": rows * self.num_tokens,
-            "small_sums": 2 * self.num_logits * self.mix_programs,
-            "norm_sums": self.mix_programs * self.channels if self.has_norm else 0,
+            "small_sums": 2 * self.num_logits * self.sum_columns,
+            "norm_sums": self.read_programs * self.channels if self.has_norm else 0,
             "weight_sums": self.splits * self.num_weights if self.has_weight_sums else 0,
         }
         parts, end = {}, 0

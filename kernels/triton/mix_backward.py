@@ -107,7 +107,6 @@ def mix_bwd(
             ITERATIONS,
             SINGLE_PASS,
             HAS_GRAD_PACKED,
-            COUNT,
         )
     elif not SINGLE_PASS:
         read_bwd(
@@ -144,6 +143,23 @@ def mix_bwd(
 
 
 @triton.jit
+def load_gradient(
+    grad_packed_ptr,
+    first_row,
+    tokens,
+    T,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_GRAD_PACKED: tl.constexpr,
+):
+    """Of ROWS rows of the mappings, [tokens, PADDED]; zeros where there is none."""
+    grad = tl.zeros([tokens.shape[0], PADDED], tl.float32)
+    if HAS_GRAD_PACKED:
+        grad = load_block(grad_packed_ptr, first_row, tokens, T, ROWS, PADDED)
+    return grad
+
+
+@triton.jit
 def store_radial(radial_ptr, radial, inverse_rms, tokens, T, K: tl.constexpr):
     """raw = proj / rms, rms^2 = mean(x^2) + eps: grad x += -(grad_raw . raw) / (K rms^2) x."""
     tl.store(radial_ptr + tokens, -radial * inverse_rms * inverse_rms / K, mask=tokens < T)
@@ -176,15 +192,11 @@ def later_bwd(
     ITERATIONS: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     HAS_GRAD_PACKED: tl.constexpr,
-    COUNT: tl.constexpr,
 ):
     """Of H_post and H_res, and in SINGLE_PASS H_pre: their gradients are in ``grad_packed``."""
     inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=tokens < T, other=0.0)
-    grad_post = tl.zeros([COUNT, NP], tl.float32)
-    if HAS_GRAD_PACKED:
-        grad_post = load_block(grad_packed_ptr, N, tokens, T, N, NP)
     radial = vector_bwd(
-        grad_post,
+        load_gradient(grad_packed_ptr, N, tokens, T, N, NP, HAS_GRAD_PACKED),
         N,
         2.0,
         raw_ptr,
@@ -203,11 +215,8 @@ def later_bwd(
         PROJECTION,
     )
     if SINGLE_PASS:
-        grad_pre = tl.zeros([COUNT, NP], tl.float32)
-        if HAS_GRAD_PACKED:
-            grad_pre = load_block(grad_packed_ptr, 0, tokens, T, N, NP)
         radial += vector_bwd(
-            grad_pre,
+            load_gradient(grad_packed_ptr, 0, tokens, T, N, NP, HAS_GRAD_PACKED),
             0,
             1.0,
             raw_ptr,
@@ -226,9 +235,7 @@ def later_bwd(
             PROJECTION,
         )
     if PROJECTION != "identity":
-        grad_res = tl.zeros([COUNT, NN], tl.float32)
-        if HAS_GRAD_PACKED:
-            grad_res = load_block(grad_packed_ptr, 2 * N, tokens, T, N * N, NN)
+        grad_res = load_gradient(grad_packed_ptr, 2 * N, tokens, T, N * N, NN, HAS_GRAD_PACKED)
         if PROJECTION == "permutation":
             radial += permutation_bwd(
                 grad_res,
@@ -314,9 +321,7 @@ def read_bwd(
     if HAS_NORM:
         norm_grad_u_ptr += first * C
         norm_partial_ptr += program.to(tl.int64) * C
-    grad_pre = tl.zeros([BT, NP], tl.float32)
-    if HAS_GRAD_PACKED:
-        grad_pre = load_block(grad_packed_ptr, 0, tokens, T, N, NP)
+    grad_pre = load_gradient(grad_packed_ptr, 0, tokens, T, N, NP, HAS_GRAD_PACKED)
     sums = zero_sums(N, BT, BC // VECTOR)
     if HAS_NORM:
         read = load_coefficients(packed_ptr, 0, tokens, live, T, N)

@@ -158,7 +158,7 @@ class Plan(Buffers):
                     has_grad_packed,
                     self.has_norm,
                 ),
-                (self.later_programs + (0 if self.single_pass else self.mix_programs),),
+                (self.later_programs + self.read_programs,),
                 (self.num_tokens, options.eps),
                 self.parts_of_scratch(
                     projected_ptr="projected",
@@ -270,4 +270,4 @@ class Plan(Buffers):
             partial_ptr="small_sums",
             norm_partial_ptr="norm_sums",
         )
-        return Prepared(kernel, (programs,), (self.mix_programs, self.later_programs), parts)
+        return Prepared(kernel, (programs,), (self.sum_columns, self.later_programs), parts)

@@ -105,7 +105,8 @@ def pre_bwd(
             pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
             projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
             # Added in its own iteration, the product ends before the next load writes where it
-            # reads x; see ``through_registers``, which takes longer.
+            # reads x; see ``through_registers``, which takes longer. Rows beyond M are zeros
+            # anyway: without a selection the compiler makes of the addition a product that runs on.
             factor = x.to(projected_ptr.dtype.element_ty)
             product = dot(projected, factor, tl.zeros([PARTS * ROWS, BC], tl.float32), PRECISION)
             sums += tl.where((m < M)[:, None], product, 0.0)
