@@ -175,8 +175,9 @@ def read_fwd(
 
 def later_tokens(n: int, tile: Tile) -> int:
     """Of a program of ``mix_bwd`` that walks through iterations: one for every thread, unless a
-    block of their matrices would fill more than 16 registers."""
-    return min(32, 512 // padded(n * n, 2)) * tile.num_warps
+    block of their matrices would fill more than 16 registers; and no fewer than of one that reads
+    streams, which is counted for both."""
+    return max(tile.tokens, min(32, 512 // padded(n * n, 2)) * tile.num_warps)
 
 
 @cache

@@ -49,6 +49,14 @@ def test_programs_that_share_a_tokens_channels(
     compare(case, leaves, tiles=small_tiles(case, 32))
 
 
+def test_no_more_programs_walk_through_iterations_than_read_streams(device: torch.device) -> None:
+    """Sums of both have as many columns as there are programs of the latter."""
+    case = Case(n=8, tokens=130, channels=24, dtype=torch.bfloat16)
+    many = Tile(tokens=64, channels=16, num_stages=1)
+    tiles = replace(default_tiles(case.n, case.channels, case.dtype), mix_backward=many)
+    compare(case, operands(case, device), tiles=tiles)
+
+
 @pytest.mark.parametrize("n", [4, 8], ids="n{}".format)
 def test_a_model_cut_between_two_layers_has_the_bits_of_the_whole(
     n: int, device: torch.device
