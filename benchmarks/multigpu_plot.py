@@ -107,7 +107,7 @@ def draw(lines: list[Line]) -> Figure:
         axes.margins(y=0.15)
         axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[1]:
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
             axes.legend(frameon=False, fontsize=8, **place)
     figure.suptitle(f"{lines[-1]['gpu']}, bf16")
     return figure
@@ -139,7 +139,7 @@ def _draw_times(axes: Axes, found: dict[str, dict[str, float]], title: str) -> N
         bars = axes.bar(places, list(times.values()), width * 0.95, color=colours[name], label=name)
         labels = [_over_plain(found, name, s) for s in times]
         axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
-    axes.set_xticks(range(len(layouts)), layouts)
+    axes.set_xticks(range(len(layouts)), [name.replace(", ", "\n") for name in layouts])
     axes.set(ylabel="step, ms (over the plain residual)", title=title)
 
 
