@@ -132,11 +132,9 @@ class Buffers:
     @cached_property
     def streams_sums(self) -> int:
         """float32 numbers that ``wide_streams_bwd`` leaves to ``add_splits``."""
-        return (
-            self.programs_of(self.streams_tile, self.channels)
-            * self.rows
-            * self.streams_tile.tokens
-        )
+        tile = self.streams_tile
+        products = self.num_streams * tile.channels if self.num_logits else 0
+        return self.programs_of(tile, self.channels) * tile.tokens * (self.rows + products)
 
     @cached_property
     def splits(self) -> int:

@@ -6,15 +6,18 @@ import triton.language as tl
 from mhc_megatron.kernels.triton.coefficients import write_mappings
 from mhc_megatron.kernels.triton.norm import normalise
 from mhc_megatron.kernels.triton.tile_math import (
+    GROUP,
     channel_mask,
     dot,
     interleave,
+    interleaved_place,
     load_branch,
     load_coefficients,
     load_streams,
     load_weight,
     post_mix_stream,
     pre_mix,
+    rounded,
     token_rows,
 )
 
@@ -32,13 +35,16 @@ def split_weight(
     """float32 phi as bfloat16 high and low parts, [2, SIZE]; their sum has 16 bits of mantissa.
 
     Products with bfloat16 streams are then exact in float32, where tf32 would round phi to 11 bits.
-    INTERLEAVED puts the n numbers of a channel side by side, as ``interleave`` does with streams.
+    INTERLEAVED has them in the order of ``interleave``.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
     source = offsets
     if INTERLEAVED:
-        source = offsets // (N * C) * (N * C) + offsets % N * C + offsets // N % C
+        # The inverse of ``interleaved_place``.
+        column = offsets % (N * C)
+        channel = column // (N * GROUP) * GROUP + column % GROUP
+        source = offsets - column + column // GROUP % N * C + channel
     weight = tl.load(weight_ptr + source, mask=mask)
     high = weight.to(tl.bfloat16)
     tl.store(split_ptr + offsets, high, mask=mask)
@@ -55,7 +61,7 @@ def split_wide(
     MP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """``split_weight`` for many streams: [K, 2 M], each channel's n rows side by side.
+    """``split_weight`` for many streams: [K, 2 M], K in the order of ``interleave``.
 
     A chunk of channels of all streams is then one piece of memory. BC channels of one stream.
     """
@@ -65,7 +71,7 @@ def split_wide(
     mask = (rows < M) & (channels < C)
     weight = tl.load(weight_ptr + rows * (N * C) + stream * C + channels, mask=mask, other=0.0)
     high = weight.to(tl.bfloat16)
-    pointers = split_ptr + (channels * N + stream) * (2 * M) + rows
+    pointers = split_ptr + interleaved_place(stream, channels, N) * (2 * M) + rows
     tl.store(pointers, high, mask=mask)
     tl.store(pointers + M, (weight - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
 
@@ -251,7 +257,8 @@ def mix_fwd(
         for o in tl.static_range(N):
             if HAS_POST:
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f, rounded to the streams' dtype
-                y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
+                y = post_mix_stream(x, branch, post, res, o, N)
+                y = rounded(y, y_ptr.dtype.element_ty, PRECISION)
                 y_pointers = y_ptr + rows + (o * C + channels)[None, :]
                 tl.store(y_pointers, y, mask=mask, eviction_policy=Y_EVICTION)
             else:

@@ -7,6 +7,7 @@ from mhc_megatron.kernels.triton.streams_backward import load_projected
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
+    interleaved_place,
     load_radial,
     load_weight,
 )
@@ -64,7 +65,7 @@ def pre_bwd(
     # Of many streams phi is [K, 2 M].
     TRANSPOSED: tl.constexpr = INTERLEAVED and N > 4
     ROW: tl.constexpr = 1 if TRANSPOSED else K
-    phi_columns = channels * N + stream if INTERLEAVED else columns
+    phi_columns = interleaved_place(stream, channels, N) if INTERLEAVED else columns
     if TRANSPOSED:
         phi_columns *= 2 * M
     phi_rows = weight_ptr + tl.arange(0, MP)[:, None] * ROW

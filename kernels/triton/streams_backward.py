@@ -13,6 +13,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_streams,
     load_weight,
     post_mix_stream,
+    rounded,
     separate,
     token_rows,
     zero_sums,
@@ -166,7 +167,7 @@ def streams_bwd(
             if HAS_PRE:
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
                 y = post_mix_stream(x, branch, post, res, o, N)
-                y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+                y = rounded(y, x_ptr.dtype.element_ty, PRECISION).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
                 grad += radial[:, None] * y + read[o][:, None] * grad_u
                 if INTERLEAVED:

@@ -7,6 +7,10 @@ arithmetic in registers, in the layout that the loads chose.
 import triton
 import triton.language as tl
 
+# Channels of a stream that stay side by side where streams are interleaved: 16 bytes of bfloat16,
+# what a thread loads, and a thread's part of a row in a product's result.
+GROUP: tl.constexpr = tl.constexpr(8)
+
 
 @triton.jit
 def token_rows(T, BT: tl.constexpr, SPLITS: tl.constexpr = 1):
@@ -180,27 +184,50 @@ def load_weight(row_ptrs, columns, column_mask, row_mask):
 
 
 @triton.jit
-def interleave(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """n [BT, BC] tiles as [BT, n * BC], the n numbers of a channel side by side.
+def rounded(tile, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """A float32 tile in ``dtype``; to bfloat16 two numbers at a time.
 
-    n is 1, 2, 4 or 8.
+    The compiler pairs conversions where pairs are stored and nothing else is done with them; else
+    it converts number by number, which takes four times as long. The interpreter takes no assembly.
+    """
+    if dtype == tl.bfloat16 and PRECISION != "interpreter":
+        tile = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        tile = tile.to(dtype)
+    return tile
+
+
+@triton.jit
+def interleaved_place(stream, channels, N: tl.constexpr):
+    """Where ``interleave`` puts a stream's channels among all n * C."""
+    return channels // GROUP * (N * GROUP) + stream * GROUP + channels % GROUP
+
+
+@triton.jit
+def interleave(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """n [BT, BC] tiles as [BT, n * BC]: GROUP channels of every stream, then the next ones.
+
+    n is 1, 2 or 4.
     """
     # The last join is the fastest index.
     if N == 1:
         joined = streams[0]
     elif N == 2:
         joined = tl.join(streams[0], streams[1])
-    elif N == 4:
-        joined = tl.join(
-            tl.join(streams[0], streams[2]),
-            tl.join(streams[1], streams[3]),
-        )
+        joined = tl.permute(tl.reshape(joined, [BT, BC // GROUP, GROUP, 2]), [0, 1, 3, 2])
     else:
-        joined = tl.join(
-            tl.join(tl.join(streams[0], streams[4]), tl.join(streams[2], streams[6])),
-            tl.join(tl.join(streams[1], streams[5]), tl.join(streams[3], streams[7])),
-        )
+        joined = tl.join(tl.join(streams[0], streams[2]), tl.join(streams[1], streams[3]))
+        joined = tl.permute(tl.reshape(joined, [BT, BC // GROUP, GROUP, 2, 2]), [0, 1, 3, 4, 2])
     return tl.reshape(joined, [BT, N * BC])
+
+
+@triton.jit
+def by_channel(joined, BITS: tl.constexpr, ORDER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """[BT, BC, 2, ...], the bits of a stream's number last."""
+    grouped = tl.reshape(joined, [BT, BC // GROUP] + BITS + [GROUP])
+    return tl.reshape(tl.permute(grouped, ORDER), [BT, BC] + BITS)
 
 
 @triton.jit
@@ -209,21 +236,12 @@ def separate(joined, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     if N == 1:
         streams = (joined,)
     elif N == 2:
-        streams = tl.split(tl.reshape(joined, [BT, BC, 2]))
-    elif N == 4:
-        even, odd = tl.split(tl.reshape(joined, [BT, BC, 2, 2]))
+        streams = tl.split(by_channel(joined, [2], [0, 1, 3, 2], BT, BC))
+    else:
+        even, odd = tl.split(by_channel(joined, [2, 2], [0, 1, 4, 2, 3], BT, BC))
         zero, two = tl.split(even)
         one, three = tl.split(odd)
         streams = (zero, one, two, three)
-    else:
-        even, odd = tl.split(tl.reshape(joined, [BT, BC, 2, 2, 2]))
-        zero_four, two_six = tl.split(even)
-        one_five, three_seven = tl.split(odd)
-        zero, four = tl.split(zero_four)
-        one, five = tl.split(one_five)
-        two, six = tl.split(two_six)
-        three, seven = tl.split(three_seven)
-        streams = (zero, one, two, three, four, five, six, seven)
     return streams
 
 

@@ -14,11 +14,12 @@ from mhc_megatron.kernels.triton.tile_math import (
     dot,
     gather_coefficients,
     gathered,
+    interleaved_place,
     lane_sums,
     load_radial,
     phi_pointers,
     post_mix_row,
-    separate,
+    rounded,
     span_of,
     token_rows,
     widened,
@@ -104,8 +105,9 @@ def wide_streams_bwd(
     """``streams_bwd`` of BT tokens and SPAN channels.
 
     ``sums``: [programs, n (n + 2), BT], of the gradients of ``packed`` over a program's channels;
-    until they are known, the program's coefficients, side by side. ``weight``: of ``split_wide``
-    where INTERLEAVED.
+    until they are known, the program's coefficients, side by side. Behind them, where INTERLEAVED,
+    a chunk's products with phi of every program, [programs, BT, n * BC]. ``weight``: of
+    ``split_wide`` where INTERLEAVED.
     """
     SPLITS: tl.constexpr = (C + SPAN - 1) // SPAN
     T = tl.cast(T, tl.int64)
@@ -120,7 +122,10 @@ def wide_streams_bwd(
         grad_y_ptr += first * K
     branch_ptr += first * C
     grad_branch_ptr += first * C
-    sums_ptr += tl.program_id(0).to(tl.int64) * (N * (N + 2) * BT)
+    program = tl.program_id(0).to(tl.int64)
+    products_ptr = sums_ptr + tl.num_programs(0).to(tl.int64) * (N * (N + 2) * BT)
+    products_ptr += program * (BT * N * BC) + tl.arange(0, BT)[:, None] * (N * BC)
+    sums_ptr += program * (N * (N + 2) * BT)
     post_sums = zero_sums(N, BT, BC // VECTOR)
     # Of ``res[o, i]`` in place i * n + o.
     res_sums = zero_sums(N * N, BT, BC // VECTOR)
@@ -174,7 +179,12 @@ def wide_streams_bwd(
                     True,
                     PRECISION,
                 )
-                products = separate(products, N, BT, BC)
+                # By way of memory, from where they are loaded as the streams are. Taken apart in
+                # registers they have the layout of a product, and all else of the chunk is brought
+                # into it, tile by tile, between two barriers each.
+                tl.debug_barrier()
+                tl.store(products_ptr + tl.arange(0, N * BC)[None, :], products)
+                tl.debug_barrier()
             grad_u = grad_u.to(tl.float32)
             x = widened(x, N)
         branch = with_bias(branch, branch_bias_ptr, c + columns, HAS_BIAS, C)
@@ -194,12 +204,12 @@ def wide_streams_bwd(
                 for i in tl.static_range(N):
                     res = res + (gathered(sums_ptr, (2 + o) * N + i, BT),)
                 y = post_mix_row(x, branch, post, res, N)
-                y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+                y = rounded(y, x_ptr.dtype.element_ty, PRECISION).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
                 read = gathered(sums_ptr, o, BT)
                 grad += radial[:, None] * y + read[:, None] * grad_u
                 if INTERLEAVED:
-                    grad += products[o]
+                    grad += tl.load(products_ptr + interleaved_place(o, columns, N)[None, :])
                 else:
                     grad += term_product(
                         terms,

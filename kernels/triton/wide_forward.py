@@ -13,6 +13,7 @@ from mhc_megatron.kernels.triton.forward import write_read
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
+    interleaved_place,
     phi_pointers,
     span_of,
     through_registers,
@@ -38,8 +39,8 @@ def add_product(
     rows = first_row + tl.arange(0, ROWS)
     mask = (columns < N * C)[:, None] & (rows < PARTS * M)[None, :]
     if PARTS == 2:
-        # Of ``split_wide``: the n numbers of a channel are neighbours.
-        columns = columns % C * N + columns // C
+        # Of ``split_wide``.
+        columns = interleaved_place(columns // C, columns % C, N)
     pointers = phi_pointers(weight_ptr, rows[None, :], columns[:, None], M, N * C, PARTS == 2)
     return dot(factor, tl.load(pointers, mask=mask, other=0.0), product, PRECISION)
 
