@@ -97,7 +97,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             continue
         if kernel == "post_backward":
             plan = plan_of(*post[:3], tiles=tiles)
-            operands = (None, None, one.grad_streams, *post, None, None, None)
+            operands = (None, None, one.grad_streams, *post, None, None, None, None)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
             continue
         # The forward in the default tiles where it is not measured.
@@ -115,16 +115,17 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         first = (streams, one.grad_u, one.grad_packed, raw, packed, parameters, None, None)
         mix_backward = partial(backward_launch.mix_backward, plan, None, scratch, *first)
         mix_backward()
-        read = (one.grad_u, packed, factors)
+        read = (packed, factors)
         if kernel == "mix_backward":
             made.append(mix_backward)
         elif kernel == "weight_backward":
             made.append(partial(weight_call, plan, scratch, streams, one.weight))
         elif kernel == "pre_backward":
-            operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
+            operands = (None, scratch, one.grad_streams, streams, one.grad_u, *read)
+            operands += (one.weight, None)
             made.append(partial(backward_launch.pre_backward, plan, *operands))
         else:
-            operands = (None, scratch, one.grad_streams, *post, *read)
+            operands = (None, scratch, one.grad_streams, *post, one.grad_u, streams, *read)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
     return made
 

@@ -69,6 +69,7 @@ class Post(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
         return grad_x, grad_branch, _bias_gradient(grad_branch, branch_bias), grad_packed, None
 
@@ -244,6 +245,7 @@ class PostPre(torch.autograd.Function):
             branch_bias,
             packed,
             grad_u,
+            new_streams,
             read_packed,
             factors,
         )

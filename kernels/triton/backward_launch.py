@@ -71,12 +71,13 @@ def streams_backward(
     branch_bias: Tensor | None,
     packed: Tensor,
     grad_u: Tensor | None,
+    new_streams: Tensor | None,
     read_packed: Tensor | None,
     factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of streams, branch and the mappings that wrote.
 
-    ``grad_u`` is that before its norm; the last three are those of the sublayer that reads the
+    ``grad_u`` is that before its norm; the last four are those of the sublayer that reads the
     streams. None of them, nor of scratch, for ``post`` alone.
     """
     grad_x = torch.empty_like(streams)
@@ -89,7 +90,7 @@ def streams_backward(
         stream,
         grad_streams,
         grad_u,
-        streams,
+        *((streams, new_streams) if plan.wide else (streams,)),
         branch,
         branch_bias,
         packed,

@@ -120,15 +120,6 @@ def load_streams(
 
 
 @triton.jit
-def widened(streams, N: tl.constexpr):
-    """In float32."""
-    wide = ()
-    for i in tl.static_range(N):
-        wide = wide + (streams[i].to(tl.float32),)
-    return wide
-
-
-@triton.jit
 def load_branch(
     row_ptrs, bias_ptr, c, mask, HAS_BIAS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr
 ):
@@ -155,15 +146,9 @@ def post_mix_stream(streams, branch, post, res, o: tl.constexpr, N: tl.constexpr
     compiler, it may fuse another product of the first sum in another kernel, and a state that
     ``rebuild_fwd`` writes has other bits than the one that ``mix_fwd`` wrote.
     """
-    return post_mix_row(streams, branch, post[o], res[o * N : (o + 1) * N], N)
-
-
-@triton.jit
-def post_mix_row(streams, branch, post, res, N: tl.constexpr):
-    """``sum_i res[i] x[i] + post f`` with one stream's coefficients; see ``post_mix_stream``."""
-    mixed = post[:, None] * branch
+    mixed = post[o][:, None] * branch
     for i in tl.static_range(N):
-        mixed = tl.fma(res[i][:, None], streams[i], mixed)
+        mixed = tl.fma(res[o * N + i][:, None], streams[i], mixed)
     return mixed
 
 

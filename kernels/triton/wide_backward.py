@@ -18,11 +18,8 @@ from mhc_megatron.kernels.triton.tile_math import (
     lane_sums,
     load_radial,
     phi_pointers,
-    post_mix_row,
-    rounded,
     span_of,
     token_rows,
-    widened,
     with_bias,
     zero_sums,
 )
@@ -75,6 +72,7 @@ def wide_streams_bwd(
     grad_y_ptr,
     grad_u_ptr,
     x_ptr,
+    y_ptr,
     branch_ptr,
     branch_bias_ptr,
     packed_ptr,
@@ -130,6 +128,7 @@ def wide_streams_bwd(
     # Of ``res[o, i]`` in place i * n + o.
     res_sums = zero_sums(N * N, BT, BC // VECTOR)
     if HAS_PRE:
+        y_ptr += first * K
         grad_u_ptr += first * C
         read_ptr = packed_ptr if SINGLE_PASS else next_packed_ptr
         radial = load_radial(radial_ptr, tokens, live, T, SINGLE_PASS)
@@ -150,12 +149,14 @@ def wide_streams_bwd(
         # All of the chunk is on its way while the product runs.
         f_pointers = branch_ptr + branch_rows + (c + columns)[None, :]
         branch = tl.load(f_pointers, mask=mask, other=0.0)
-        x = ()
+        xs = ()
+        ys = ()
         grads_y = ()
-        for i in tl.static_range(N):
-            offsets = rows + (i * C + c + columns)[None, :]
+        for o in tl.static_range(N):
+            offsets = rows + (o * C + c + columns)[None, :]
+            xs = xs + (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
             if HAS_PRE:
-                x = x + (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
+                ys = ys + (tl.load(y_ptr + offsets, mask=mask, other=0.0),)
             if HAS_GRAD_Y:
                 grad = tl.load(
                     grad_y_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first"
@@ -186,7 +187,6 @@ def wide_streams_bwd(
                 tl.store(products_ptr + tl.arange(0, N * BC)[None, :], products)
                 tl.debug_barrier()
             grad_u = grad_u.to(tl.float32)
-            x = widened(x, N)
         branch = with_bias(branch, branch_bias_ptr, c + columns, HAS_BIAS, C)
         grad_branch = tl.zeros([BT, BC], tl.float32)
         grads = ()
@@ -194,17 +194,11 @@ def wide_streams_bwd(
         if SINGLE_PASS:
             next_read_sums = ()
         for o in tl.static_range(N):
-            post = gathered(sums_ptr, N + o, BT)
             grad = tl.zeros([BT, BC], tl.float32)
             if HAS_GRAD_Y:
                 grad = grads_y[o].to(tl.float32)
             if HAS_PRE:
-                # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-                res = ()
-                for i in tl.static_range(N):
-                    res = res + (gathered(sums_ptr, (2 + o) * N + i, BT),)
-                y = post_mix_row(x, branch, post, res, N)
-                y = rounded(y, x_ptr.dtype.element_ty, PRECISION).to(tl.float32)
+                y = ys[o].to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
                 read = gathered(sums_ptr, o, BT)
                 grad += radial[:, None] * y + read[:, None] * grad_u
@@ -229,6 +223,7 @@ def wide_streams_bwd(
                     read_sum = read_sums[o] + lane_sums(grad_u * y, BT, BC, VECTOR)
                     next_read_sums = next_read_sums + (read_sum,)
             # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
+            post = gathered(sums_ptr, N + o, BT)
             post_sum = post_sums[o] + lane_sums(grad * branch, BT, BC, VECTOR)
             next_post_sums = next_post_sums + (post_sum,)
             grad_branch += post[:, None] * grad
@@ -236,17 +231,16 @@ def wide_streams_bwd(
         post_sums = next_post_sums
         if SINGLE_PASS:
             read_sums = next_read_sums
-        # What was loaded above this store is loaded again below it, instead of kept.
         pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
         tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
         next_res_sums = ()
         for i in tl.static_range(N):
             offsets = rows + (i * C + c + columns)[None, :]
-            x_i = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = xs[i].to(tl.float32)
             grad_x = tl.zeros([BT, BC], tl.float32)
             for o in tl.static_range(N):
                 res = gathered(sums_ptr, (2 + o) * N + i, BT)
-                res_sum = res_sums[i * N + o] + lane_sums(grads[o] * x_i, BT, BC, VECTOR)
+                res_sum = res_sums[i * N + o] + lane_sums(grads[o] * x, BT, BC, VECTOR)
                 next_res_sums = next_res_sums + (res_sum,)
                 grad_x += res[:, None] * grads[o]
             tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
