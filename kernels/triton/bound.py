@@ -279,6 +279,7 @@ def wide_streams_bwd(
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),
+        caches=True,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -4,6 +4,7 @@ Triton binds and inspects every argument at every launch; at the 20 to 35 argume
 kernels the host then needs longer than the GPU.
 """
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,6 +23,11 @@ Handle = tuple[Any, Any, Any, Any]
 # Where Triton keeps the hooks of profilers; they moved in Triton 3.4.
 HOOKS: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
+# CUDA's cuFuncSetAttribute: the shared memory to set apart, in percent of what a multiprocessor of
+# Hopper has, and what a program has beside its own, both in bytes.
+_PREFERRED_CARVEOUT = 9
+_SHARED_MEMORY, _RESERVED = 228 * 1024, 1024
+
 
 class Launch:
     """A Triton kernel with its constants: ``launch(grid, tensors, numbers)``.
@@ -33,11 +39,18 @@ class Launch:
         kernel: its parameters are tensors (or None), then numbers, then ``constexpr`` ones.
         num_warps: of a program.
         num_stages: of its loops that name none; None for Triton's default.
+        caches: it reads numbers again that L1 may hold; one program fits into a multiprocessor.
         constants: the ``constexpr`` parameters, in the kernel's order.
     """
 
     def __init__(
-        self, kernel: Any, *, num_warps: int, num_stages: int | None = None, **constants: Any
+        self,
+        kernel: Any,
+        *,
+        num_warps: int,
+        num_stages: int | None = None,
+        caches: bool = False,
+        **constants: Any,
     ) -> None:
         names = kernel.arg_names[-len(constants) :]
         if names != list(constants):
@@ -47,6 +60,7 @@ class Launch:
         if num_stages is not None:
             self.options["num_stages"] = num_stages
         self.constants = constants
+        self._caches = caches
         self._interpreted = isinstance(kernel, InterpretedFunction)
         self.values = tuple(constants.values())
         self._handles: dict[Kind, Handle] = {}
@@ -72,6 +86,8 @@ class Launch:
                 return None
             # As CompiledKernel's own launch takes them, at every launch.
             known = handle, handle.run, handle.function, handle.packed_metadata
+            if self._caches:
+                leave_to_cache(handle.function, handle.metadata.shared)
             self._handles[kind] = known
             return known
         handle, run, function, metadata = known
@@ -167,6 +183,18 @@ class Prepared:
         ):
             _, run, function, metadata = handle
             self._known = (run, *self._grid, function, metadata)
+
+
+def leave_to_cache(function: int, shared: int) -> None:
+    """All memory of a multiprocessor but the ``shared`` bytes of one program is for L1.
+
+    Triton asks for as little L1 as there can be for every kernel with more than 48 KiB.
+    """
+    percent = -(-100 * (shared + _RESERVED) // _SHARED_MEMORY)
+    driver_api = ctypes.CDLL("libcuda.so.1")
+    code = driver_api.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, percent)
+    if code:
+        raise RuntimeError(f"cuFuncSetAttribute: CUDA error {code}")
 
 
 def current_stream(device: torch.device) -> int | None:
