@@ -39,7 +39,8 @@ class Launch:
         kernel: its parameters are tensors (or None), then numbers, then ``constexpr`` ones.
         num_warps: of a program.
         num_stages: of its loops that name none; None for Triton's default.
-        caches: it reads numbers again that L1 may hold; one program fits into a multiprocessor.
+        caches: it reads numbers again that L1 may hold, and shares a multiprocessor with no more
+            programs than its registers allow.
         constants: the ``constexpr`` parameters, in the kernel's order.
     """
 
@@ -186,9 +187,10 @@ class Prepared:
 
 
 def leave_to_cache(function: int, shared: int) -> None:
-    """All memory of a multiprocessor but the ``shared`` bytes of one program is for L1.
+    """L1 has all memory of a multiprocessor but the ``shared`` bytes of one program.
 
-    Triton asks for as little L1 as there can be for every kernel with more than 48 KiB.
+    A preference: CUDA's driver rounds it up. Triton has the smallest L1 for every kernel with more
+    than 48 KiB of shared memory.
     """
     percent = -(-100 * (shared + _RESERVED) // _SHARED_MEMORY)
     driver_api = ctypes.CDLL("libcuda.so.1")

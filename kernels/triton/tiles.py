@@ -95,21 +95,18 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=64, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
-    # Measured at T = 4096, C = 2560 on an H100; mix of four streams, post_backward and pre_backward
-    # on an H200.
+    # Measured at T = 4096, C = 2560 on an H200, but post, rebuild, and of four streams mix_backward,
+    # streams_backward and weight_backward: on an H100.
     if num_streams == 2:
-        # Pipelined, streams_bwd needs all 255 registers.
         return Tiles(
             mix=Tile(tokens=16, channels=64, num_stages=5),
             post=Tile(tokens=16, channels=128, num_stages=1),
             rebuild=Tile(tokens=16, channels=128, num_stages=1),
-            mix_backward=Tile(tokens=32, channels=256),
-            # In the tile above it would spill; not measured.
-            mix_backward_norm=Tile(tokens=16, channels=128),
-            streams_backward=Tile(tokens=16, channels=128, num_stages=1),
+            mix_backward=Tile(tokens=16, channels=128),
+            streams_backward=Tile(tokens=16, channels=64),
             post_backward=Tile(tokens=16, channels=128, num_stages=1),
             pre_backward=Tile(tokens=32, channels=64, num_stages=4),
-            weight_backward=Tile(tokens=64, channels=64),
+            weight_backward=Tile(tokens=128, channels=128, num_warps=8, num_stages=4),
             weight_split=2048,
         )
     return Tiles(
@@ -126,7 +123,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
 
 
 def _wide_tiles(dtype: torch.dtype) -> Tiles:
-    """Of more than four streams, not measured; of bfloat16 none spills registers."""
+    """Of more than four streams; of bfloat16 none spills registers."""
     if dtype != torch.bfloat16:
         # As of fewer streams: products of float32 parts.
         return Tiles(
@@ -140,17 +137,18 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
+    # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
     # 64 tokens are the rows of a tensor core's product, 16 channels all that its sums leave room
     # for: a program's threads hold 4 channels of a token each.
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8),
         project=Tile(tokens=128, channels=64, num_warps=8, span=2560),
-        post=Tile(tokens=16, channels=64, num_stages=1),
+        post=Tile(tokens=8, channels=128, num_stages=1),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),
-        streams_backward=Tile(tokens=64, channels=16, num_warps=8, num_stages=2, span=640),
-        post_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=1, span=640),
-        pre_backward=Tile(tokens=32, channels=64, num_warps=8, num_stages=2),
+        streams_backward=Tile(tokens=64, channels=16, num_warps=8, num_stages=2, span=1280),
+        post_backward=Tile(tokens=8, channels=128, num_stages=1),
+        pre_backward=Tile(tokens=32, channels=64, num_warps=8),
         weight_backward=Tile(tokens=64, channels=128, num_warps=8),
         weight_split=2048,
     )
