@@ -145,7 +145,9 @@ def experts(bench: Bench) -> None:
         case = (_size(bench, model), launch)
         bench.attempt(
             f"experts {model} {launch}",
-            lambda case=case: part.expert_lines(bench.ranks, *case, num_layers=bench.args.layers),
+            lambda case=case: part.expert_lines(
+                bench.ranks, *case, num_layers=bench.args.layers, only=bench.args.cases
+            ),
         )
 
 
@@ -215,7 +217,7 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, required=True, help="results folder")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
-    parser.add_argument("--cases", nargs="+", help="of the parts: only these")
+    parser.add_argument("--cases", nargs="+", help="of parity, steps and experts: only these")
     parser.add_argument(
         "--launches",
         nargs="+",

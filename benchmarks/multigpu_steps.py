@@ -39,12 +39,14 @@ def step_lines(
 
 
 def expert_lines(
-    ranks: Ranks, size: Size, launch: str, *, num_layers: int | None
+    ranks: Ranks, size: Size, launch: str, *, num_layers: int | None, only: list[str] | None
 ) -> Iterator[dict[str, Any]]:
-    """Result lines of expert parallelism over all ranks, all variants."""
+    """Result lines of expert parallelism over all ranks, of all variants or ``only`` of some, and
+    of what they are compared with."""
     configs = {
         name: expert_config(size, ranks.num_ranks, variant, launch, num_layers=num_layers)
         for name, variant in variants(NO_PIPELINE).items()
+        if not only or name in ("plain", *only)
     }
     yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks})
 

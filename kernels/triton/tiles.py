@@ -95,8 +95,8 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=64, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
-    # Measured at T = 4096, C = 2560 on an H200, but post, rebuild, and of four streams mix_backward,
-    # streams_backward and weight_backward: on an H100.
+    # Measured at T = 4096, C = 2560: on an H100 post, rebuild, and of four streams mix_backward,
+    # streams_backward and weight_backward, the others on an H200.
     if num_streams == 2:
         return Tiles(
             mix=Tile(tokens=16, channels=64, num_stages=5),

@@ -71,6 +71,7 @@ class Handle:
     """Stands for a compiled kernel; launched, it leaves its name."""
 
     function = packed_metadata = None
+    metadata = Mock(shared=0)
 
     def __init__(self, name: str, launched: list[str]) -> None:
         self.name = name
@@ -99,6 +100,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(
         Launch, "_launch_by_triton", lambda launch, *_: Handle(launch.kernel.fn.__name__, names)
     )
+    monkeypatch.setattr(compiled, "leave_to_cache", lambda *_: None)
     for known in ("_pre_plans", "_post_plans", "_boundary_plans"):
         monkeypatch.setattr(functional, known, Known())
     forget()

@@ -49,3 +49,45 @@ def test_without_a_gpu_it_is_refused_before_anything_starts(
     refused = pytest.raises(UserError, match=r"cuda_graph=True needs a GPU .* cuda_graph=False")
     with refused, distributed_runtime(config, one):
         raise AssertionError("it has started")
+
+
+@pytest.mark.parametrize(
+    "given, asked",
+    [
+        (None, ["graph_capture_record_stream_reuse:True"]),
+        (
+            "expandable_segments:True",
+            ["expandable_segments:True,graph_capture_record_stream_reuse:True"],
+        ),
+        ("graph_capture_record_stream_reuse:False", []),
+    ],
+)
+def test_a_graph_asks_to_use_memory_of_lanes_again_beside_what_the_environment_sets(
+    given: str | None, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[str] = []
+    monkeypatch.setattr(
+        torch._C, "_accelerator_setAllocatorSettings", settings.append, raising=False
+    )
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    step_graph.reuse_memory_of_lanes()
+    assert settings == asked
+
+
+def test_a_torch_that_cannot_keeps_what_the_environment_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings: list[str] = []
+
+    def set_allocator(text: str) -> None:
+        if step_graph.REUSE in text:
+            raise RuntimeError("Unrecognized key")
+        settings.append(text)
+
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_allocator, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    step_graph.reuse_memory_of_lanes()
+    assert settings == ["expandable_segments:True"]
