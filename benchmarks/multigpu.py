@@ -193,6 +193,15 @@ def kill(bench: Bench) -> None:
     bench.attempt("kill", lines)
 
 
+def case_names(parts: list[str], num_ranks: int) -> list[str]:
+    """What ``--cases`` can name of these parts."""
+    from parity_cases import cases
+    from step_models import NO_PIPELINE, SCHEDULES, variants
+
+    names = {"parity": cases(num_ranks), "steps": SCHEDULES, "experts": variants(NO_PIPELINE)}
+    return [name for part in parts for name in names.get(part, ())]
+
+
 def _size(bench: Bench, model: str) -> Any:
     from step_models import size_of
 
@@ -247,6 +256,8 @@ def main() -> int:
     num_ranks = args.ranks or torch.cuda.device_count()
     if num_ranks < 2 or (args.device == "cuda" and torch.cuda.device_count() < num_ranks):
         parser.error(f"{num_ranks} ranks on {torch.cuda.device_count()} GPUs; 2 at least")
+    if unknown := set(args.cases or ()) - set(names := case_names(parts, num_ranks)):
+        parser.error(f"--cases: {', '.join(sorted(unknown))} is not one of {', '.join(names)}")
     args.results.mkdir(parents=True, exist_ok=True)
     ranks = Ranks(num_ranks, patience=args.patience)
     with tempfile.TemporaryDirectory() as folder:

@@ -104,7 +104,7 @@ def draw(lines: list[Line]) -> Figure:
         panel(axes, lines)
         tidy(axes)
         axes.set_axisbelow(True)
-        axes.margins(y=0.15)
+        axes.margins(y=0.2)
         axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[1]:
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}

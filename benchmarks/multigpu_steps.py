@@ -41,12 +41,15 @@ def step_lines(
 def expert_lines(
     ranks: Ranks, size: Size, launch: str, *, num_layers: int | None, only: list[str] | None
 ) -> Iterator[dict[str, Any]]:
-    """Result lines of expert parallelism over all ranks, of all variants or ``only`` of some, and
-    of what they are compared with."""
+    """Result lines of expert parallelism over all ranks, of all variants or ``only`` of those named
+    there, and of what they are compared with."""
+    found = variants(NO_PIPELINE)
+    if only:
+        named = {name: found[name] for name in only if name in found}
+        found = {"plain": found["plain"], **named} if named else {}
     configs = {
         name: expert_config(size, ranks.num_ranks, variant, launch, num_layers=num_layers)
-        for name, variant in variants(NO_PIPELINE).items()
-        if not only or name in ("plain", *only)
+        for name, variant in found.items()
     }
     yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks})
 

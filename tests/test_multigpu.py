@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -78,6 +79,48 @@ def test_a_call_takes_less_than_nine_minutes_whatever_its_parts(
     assert (bench.left_out, bench.failed) == (["zb_h1"], 0)
     with pytest.raises(OutOfTime):
         ranks._run(None, 60.0, print, 2)
+
+
+def test_a_case_that_no_part_has_is_refused(tmp_path: Path) -> None:
+    """An overlap is a variant of experts, and a schedule of steps."""
+    command = [sys.executable, str(BENCHMARKS / "multigpu.py"), "--results", str(tmp_path)]
+    command += [
+        "--device",
+        "cpu",
+        "--ranks",
+        "2",
+        "--parts",
+        "experts,steps",
+        "--cases",
+        "mhc_overlap",
+        "1f1b",
+        "tp2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--cases: tp2 is not one of plain, mhc, mhc_recompute, mhc_pairs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "only, measured",
+    [
+        (["mhc_overlap"], ["plain", "mhc_overlap"]),
+        (None, ["plain", "mhc", "mhc_recompute", "mhc_pairs", "mhc_overlap"]),
+        (["1f1b"], []),
+    ],
+)
+def test_experts_are_measured_in_the_variants_named_beside_the_plain_residual(
+    only: list[str] | None, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import multigpu_steps as part
+    from step_models import size_of
+
+    found: list[str] = []
+    monkeypatch.setattr(part, "_variant_lines", lambda _, configs, __: found.extend(configs) or [])
+    size = size_of("3B", hidden=32, seq=16, backend="auto", out=Path())
+    list(part.expert_lines(Mock(num_ranks=2), size, "eager", num_layers=4, only=only))
+    assert found == measured
 
 
 def test_the_picture_has_a_panel_for_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from mhc_megatron.errors import UserError
 # Kernels are compiled and loaded, communicators and workspaces made, before anything is captured.
 EAGER_STEPS = 2
 
-# Of torch's allocator, from 2.10 on.
+# A setting of torch's allocator; 2.11 and 2.13 have it.
 REUSE = "graph_capture_record_stream_reuse"
 
 Batch = dict[str, Tensor]
