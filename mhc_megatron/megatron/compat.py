@@ -1,13 +1,15 @@
-"""Every difference between the supported megatron-core versions, each with its bounds."""
+"""Every difference between supported versions of megatron-core, and of torch, with its bounds."""
 
 import contextlib
 import importlib.util
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Iterator
 
 import megatron.core
+import torch
 import typing_extensions
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +20,9 @@ from torch import Tensor
 from mhc_megatron.errors import UserError
 
 OLDEST, NEWEST = Version("0.16"), Version("0.20")
+
+# A setting of torch's allocator; 2.11 and 2.13 have it.
+REUSE = "graph_capture_record_stream_reuse"
 
 
 def core_version() -> Version:
@@ -122,3 +127,21 @@ def own_async_writer() -> dict[str, str]:
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         return {"async_strategy": "mcore"}
     return {}
+
+
+def reuse_memory_of_lanes() -> None:
+    """Let a graph use memory again that several streams have used.
+
+    Else the allocator, which cannot ask a stream that is captured how far it is, keeps it to the
+    end: an overlapped step needs what all its micro-batches pass from lane to lane at once. A torch
+    that has no such setting keeps it. What the environment sets stays as it is.
+    """
+    set_allocator = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    given = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
+    if set_allocator is None or REUSE in (given or ""):
+        return
+    try:
+        set_allocator(",".join([*([given] if given else []), f"{REUSE}:True"]))
+    except (RuntimeError, ValueError):  # unknown to this torch
+        if given:
+            set_allocator(given)

@@ -6,7 +6,6 @@ ones; a graph is launched once. What Megatron calls full-iteration graphs
 too, and in core 0.16 captures on another stream than that of the steps before.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,12 +16,10 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 from torch import Tensor
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.megatron.compat import reuse_memory_of_lanes
 
 # Kernels are compiled and loaded, communicators and workspaces made, before anything is captured.
 EAGER_STEPS = 2
-
-# A setting of torch's allocator; 2.11 and 2.13 have it.
-REUSE = "graph_capture_record_stream_reuse"
 
 Batch = dict[str, Tensor]
 
@@ -147,24 +144,6 @@ class StepGraph:
                 "cuda_graph=False"
             ) from error
         self._graph = graph
-
-
-def reuse_memory_of_lanes() -> None:
-    """Let a graph use memory again that several streams have used.
-
-    Else the allocator, which cannot ask a stream that is captured how far it is, keeps it to the
-    end: an overlapped step needs what all its micro-batches pass from lane to lane at once. A torch
-    that has no such setting keeps it. What the environment sets stays as it is.
-    """
-    set_allocator = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    given = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
-    if set_allocator is None or REUSE in (given or ""):
-        return
-    try:
-        set_allocator(",".join([*([given] if given else []), f"{REUSE}:True"]))
-    except (RuntimeError, ValueError):  # unknown to this torch
-        if given:
-            set_allocator(given)
 
 
 def _origin(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from mhc_megatron.errors import UserError
 from mhc_megatron.launch.environment import World
-from mhc_megatron.megatron import step_graph
+from mhc_megatron.megatron import compat, step_graph
 from mhc_megatron.training.config import TrainConfig
 from mhc_megatron.training.runtime import distributed_runtime
 
@@ -73,7 +73,7 @@ def test_a_graph_asks_to_use_memory_of_lanes_again_beside_what_the_environment_s
         monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
-    step_graph.reuse_memory_of_lanes()
+    compat.reuse_memory_of_lanes()
     assert settings == asked
 
 
@@ -83,11 +83,11 @@ def test_a_torch_that_cannot_keeps_what_the_environment_sets(
     settings: list[str] = []
 
     def set_allocator(text: str) -> None:
-        if step_graph.REUSE in text:
+        if compat.REUSE in text:
             raise RuntimeError("Unrecognized key")
         settings.append(text)
 
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_allocator, raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    step_graph.reuse_memory_of_lanes()
+    compat.reuse_memory_of_lanes()
     assert settings == ["expandable_segments:True"]
