@@ -44,12 +44,12 @@ def expert_lines(
     """Result lines of expert parallelism over all ranks, of all variants or ``only`` of those named
     there, and of what they are compared with."""
     found = variants(NO_PIPELINE)
-    if only:
-        named = {name: found[name] for name in only if name in found}
-        found = {"plain": found["plain"], **named} if named else {}
+    if only and not found.keys() & set(only):
+        return
     configs = {
         name: expert_config(size, ranks.num_ranks, variant, launch, num_layers=num_layers)
         for name, variant in found.items()
+        if not only or name in ("plain", *only)
     }
     yield from _variant_lines(ranks, configs, {"expert": ranks.num_ranks})
 

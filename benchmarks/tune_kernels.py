@@ -115,17 +115,16 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         first = (streams, one.grad_u, one.grad_packed, raw, packed, parameters, None, None)
         mix_backward = partial(backward_launch.mix_backward, plan, None, scratch, *first)
         mix_backward()
-        read = (packed, factors)
+        read = (one.grad_u, packed, factors)
         if kernel == "mix_backward":
             made.append(mix_backward)
         elif kernel == "weight_backward":
             made.append(partial(weight_call, plan, scratch, streams, one.weight))
         elif kernel == "pre_backward":
-            operands = (None, scratch, one.grad_streams, streams, one.grad_u, *read)
-            operands += (one.weight, None)
+            operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
             made.append(partial(backward_launch.pre_backward, plan, *operands))
         else:
-            operands = (None, scratch, one.grad_streams, *post, one.grad_u, streams, *read)
+            operands = (None, scratch, one.grad_streams, *post, streams, *read)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
     return made
 

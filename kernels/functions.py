@@ -244,8 +244,8 @@ class PostPre(torch.autograd.Function):
             branch,
             branch_bias,
             packed,
-            grad_u,
             new_streams,
+            grad_u,
             read_packed,
             factors,
         )

@@ -84,18 +84,8 @@ def test_a_call_takes_less_than_nine_minutes_whatever_its_parts(
 def test_a_case_that_no_part_has_is_refused(tmp_path: Path) -> None:
     """An overlap is a variant of experts, and a schedule of steps."""
     command = [sys.executable, str(BENCHMARKS / "multigpu.py"), "--results", str(tmp_path)]
-    command += [
-        "--device",
-        "cpu",
-        "--ranks",
-        "2",
-        "--parts",
-        "experts,steps",
-        "--cases",
-        "mhc_overlap",
-        "1f1b",
-        "tp2",
-    ]
+    given = "--device cpu --ranks 2 --parts experts,steps --cases mhc_overlap 1f1b tp2"
+    command.extend(given.split())
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--cases: tp2 is not one of plain, mhc, mhc_recompute, mhc_pairs" in done.stderr

@@ -70,8 +70,8 @@ def streams_backward(
     branch: Tensor,
     branch_bias: Tensor | None,
     packed: Tensor,
-    grad_u: Tensor | None,
     new_streams: Tensor | None,
+    grad_u: Tensor | None,
     read_packed: Tensor | None,
     factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,8 +132,9 @@ class Buffers:
     @cached_property
     def streams_sums(self) -> int:
         """float32 numbers that ``wide_streams_bwd`` leaves to ``add_splits``."""
-        tile = self.streams_tile
-        products = self.num_streams * tile.channels if self.num_logits else 0
+        tile, products = self.streams_tile, 0
+        if self.num_logits and bound.interleaves(self.num_streams, self.dtype):
+            products = self.num_streams * tile.channels
         return self.programs_of(tile, self.channels) * tile.tokens * (self.rows + products)
 
     @cached_property

@@ -1,9 +1,9 @@
 """Backward, second pass, of many streams: as streams_backward.py, in tiles that hold their sums.
 
 n (n + 1) sums of a token fill a thread's registers, so that it holds few channels of one token, and
-nothing for longer than it has to: coefficients are loaded where they are used, and the streams
-twice. phi has n (n + 2) rows: a program has as many tokens as a tensor core wants, reads phi once
-for them, and takes a part of the channels.
+no coefficients: they are loaded where they are used. The new streams are read, not built again. phi
+has n (n + 2) rows: a program has as many tokens as a tensor core wants, reads phi once for them,
+and takes a part of the channels.
 """
 
 import triton

@@ -141,7 +141,7 @@ def reuse_memory_of_lanes() -> None:
     if set_allocator is None or REUSE in (given or ""):
         return
     try:
-        set_allocator(",".join([*([given] if given else []), f"{REUSE}:True"]))
+        set_allocator(",".join(filter(None, (given, f"{REUSE}:True"))))
     except (RuntimeError, ValueError):  # unknown to this torch
         if given:
             set_allocator(given)

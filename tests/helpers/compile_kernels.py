@@ -220,16 +220,14 @@ def training_step(
         scratch, weight = backward_launch.scratch_of(plan), parameters.weight
         mixed = (new_streams, u, new_packed, raw, new_packed, parameters, norm_weight, inverse_rms)
         grad_u = backward_launch.mix_backward(plan, None, scratch, *mixed)
-        read = (new_packed, factors)
+        read = (grad_u, new_packed, factors)
         if has_branch:
             backward_launch.streams_backward(
-                plan, None, scratch, streams, streams, *post, grad_u, new_streams, *read
+                plan, None, scratch, streams, streams, *post, new_streams, *read
             )
             continue
         for grad, wanted in ((streams, weight), (None, None)):
-            backward_launch.pre_backward(
-                plan, None, scratch, grad, streams, grad_u, *read, wanted, None
-            )
+            backward_launch.pre_backward(plan, None, scratch, grad, streams, *read, wanted, None)
     into = meta(num_logits, n * channels)
     sums = [(None, None), (into, None), *([(None, of_norm)] if "norm" in operations else [])]
     for main_grad, norm_weight in sums:
