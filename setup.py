@@ -1,4 +1,10 @@
-"""Package mapping: the repository's top-level folders install inside ``mhc_megatron``."""
+"""Package mapping: the repository's top-level folders install inside ``mhc_megatron``.
+
+With ``MHC_MEGATRON_NATIVE=1`` the host's extension is compiled too, for the torch that is
+installed: ``pip install --no-build-isolation``.
+"""
+
+import os
 
 from setuptools import find_packages, setup
 
@@ -10,4 +16,11 @@ for folder in MAPPED:
     package_dir[f"mhc_megatron.{folder}"] = folder
     packages += [f"mhc_megatron.{p}" for p in find_packages(include=[folder, f"{folder}.*"])]
 
-setup(packages=packages, package_dir=package_dir)
+extensions = {}
+if os.environ.get("MHC_MEGATRON_NATIVE") == "1":
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    replay = CppExtension("mhc_megatron.kernels.native._replay", ["kernels/native/replay.cpp"])
+    extensions = {"ext_modules": [replay], "cmdclass": {"build_ext": BuildExtension}}
+
+setup(packages=packages, package_dir=package_dir, **extensions)

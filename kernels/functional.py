@@ -103,14 +103,14 @@ def pre(
             flat=num_streams is not None,
         )
         _pre_plans.remember(signature, plan)
-    u, packed, through, inverse_rms = _module("functions").Pre.apply(
+    u, packed, through, inverse_rms = _module("functions").pre(
+        plan,
+        main_grad if plan.accumulates else None,
         streams,
         weight,
         *alphas,
         bias,
         norm_weight,
-        main_grad if plan.accumulates else None,
-        plan,
     )
     return u, PackedMappings(packed, plan.num_streams, u.shape[:-1], streams, through, inverse_rms)
 
@@ -161,7 +161,7 @@ def post(
         _post_plans.remember(signature, plan)
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
-    return _module("functions").Post.apply(streams, branch, branch_bias, packed, plan)
+    return _module("functions").post(plan, streams, branch, branch_bias, packed)
 
 
 def post_pre(
@@ -348,7 +348,9 @@ def _boundary(
         _boundary_plans.remember(signature, plan)
     if isinstance(mix, PackedMappings):
         streams = mix.streams_for_post(streams)
-    new_streams, u, new_packed, inverse_rms = _module("functions").PostPre.apply(
+    new_streams, u, new_packed, inverse_rms = _module("functions").post_pre(
+        plan,
+        main_grad if plan.accumulates else None,
         streams,
         branch,
         branch_bias,
@@ -357,8 +359,6 @@ def _boundary(
         *alphas,
         bias,
         norm_weight,
-        main_grad if plan.accumulates else None,
-        plan,
     )
     mappings = PackedMappings(new_packed, plan.num_streams, u.shape[:-1], None, None, inverse_rms)
     return new_streams, u, mappings

@@ -1,7 +1,7 @@
 """The Triton kernels as operators of torch.library, for torch.compile, torch.export and FakeTensor.
 
-Eager calls take functions.py, which costs the host less; both run the same code. Traced, the
-default tiles are used, and ``post`` leaves the sum of the streams' gradients to the compiler.
+Eager calls take functions.py, which costs the host less; both run the passes of passes.py. Traced,
+the default tiles are used, and ``post`` leaves the sum of the streams' gradients to the compiler.
 """
 
 from collections.abc import Iterable
@@ -10,33 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_megatron.kernels.functions import Post, PostPre, Pre
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton.arguments import parts_of
 from mhc_megatron.kernels.triton.buffers import shape_of_factors
-from mhc_megatron.kernels.triton.plan import Plan, plan_of
+from mhc_megatron.kernels.triton.passes import POST, POST_PRE, PRE
+from mhc_megatron.kernels.triton.plan import plan_of
 
 # Of MappingOptions: an operator takes only numbers, strings and tensors.
 Constants = tuple[str, int, float, float]
-
-
-class _Context:
-    """What functions.py asks of autograd's context."""
-
-    def __init__(self, plan: Plan, *saved_tensors: Tensor | None) -> None:
-        self.plan = plan
-        self.trains = True
-        self.main_grad: Tensor | None = None
-        self.saved_tensors = saved_tensors
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        pass
 
 
 def constants_of(options: MappingOptions) -> Constants:
@@ -74,7 +55,8 @@ def _sizes(streams: Tensor, weight: Tensor) -> tuple[int, int, int]:
 def post(streams: Tensor, branch: Tensor, branch_bias: Tensor | None, packed: Tensor) -> Tensor:
     """The next streams."""
     plan = plan_of(streams, branch, branch_bias)
-    return Post.forward(_Context(plan), streams, branch, branch_bias, packed, plan)
+    results, _ = POST.forward(plan, plan.stream(), streams, branch, branch_bias, packed)
+    return _found(results)[0]
 
 
 @post.register_fake
@@ -88,8 +70,8 @@ def post_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of streams, branch, branch_bias (empty without) and packed."""
     plan = plan_of(streams, branch, branch_bias)
-    context = _Context(plan, streams, branch, branch_bias, packed)
-    grad_x, grad_branch, grad_bias, grad_packed, _ = Post.backward(context, grad)
+    saved = (streams, branch, branch_bias, packed)
+    grad_x, grad_branch, grad_bias, grad_packed = POST.gradients(plan, saved, (grad,))
     grads = _found((grad_x, grad_branch, _given(grad_bias, branch), grad_packed))
     return grads[0], grads[1], grads[2], grads[3]
 
@@ -133,11 +115,10 @@ def pre(
     """u and packed; raw logits, phi's factors and u's 1/RMS (empty without) for the backward."""
     options = _options(projection, iterations, eps, rms_eps)
     plan = plan_of(streams, norm_weight=norm_weight, options=options, norm_eps=norm_eps)
-    context = _Context(plan)
     parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
-    u, packed, _, inverse_rms = Pre.forward(context, streams, *parameters, norm_weight, None, plan)
-    raw, factors = _found((context.saved_tensors[1], context.saved_tensors[3]))
-    return u, packed, raw, _own(factors, weight), _given(inverse_rms, weight)
+    results, kept = PRE.forward(plan, plan.stream(), streams, *parameters, norm_weight)
+    u, packed, raw, factors = _found((*results[:2], *kept[1:3]))
+    return u, packed, raw, _own(factors, weight), _given(results[3], weight)
 
 
 @pre.register_fake
@@ -198,12 +179,12 @@ def pre_backward(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of streams, weight, the alphas in one tensor, bias, norm_weight (empty without)."""
-    parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
-    norm = (norm_weight, inverse_rms)
-    saved = (streams, raw, packed, _factors(factors, weight), *norm, *parameters)
+    parameters = (weight, alpha_pre, alpha_post, alpha_res, bias, norm_weight)
+    kept = (packed, raw, _factors(factors, weight), inverse_rms)
     options = _options(projection, iterations, eps, rms_eps)
     plan = plan_of(streams, norm_weight=norm_weight, options=options, norm_eps=norm_eps)
-    found = Pre.backward(_Context(plan, *saved), grad_u, grad_packed, None, None)
+    saved = (streams, *parameters, *kept)
+    found = PRE.gradients(plan, saved, (grad_u, grad_packed, None, None))
     grad_norm = _given(found[6], weight)
     grad_x, grad_weight, *alphas, grad_bias = _found(found[:6])
     return grad_x, grad_weight, torch.cat(alphas), grad_bias, grad_norm
@@ -295,24 +276,11 @@ def post_pre(
         single_pass=single_pass,
         norm_eps=norm_eps,
     )
-    context = _Context(plan)
-    new_streams, u, new_packed, inverse_rms = PostPre.forward(
-        context,
-        streams,
-        branch,
-        branch_bias,
-        packed,
-        weight,
-        alpha_pre,
-        alpha_post,
-        alpha_res,
-        bias,
-        norm_weight,
-        None,
-        plan,
-    )
-    raw, factors = _found((context.saved_tensors[5], context.saved_tensors[7]))
-    norm = _given(inverse_rms, weight)
+    state = (streams, branch, branch_bias, packed)
+    parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
+    results, kept = POST_PRE.forward(plan, plan.stream(), *state, *parameters, norm_weight)
+    new_streams, u, new_packed, raw, factors = _found((*results[:3], *kept[2:4]))
+    norm = _given(results[3], weight)
     return new_streams, u, new_packed, raw, _own(factors, weight), norm
 
 
@@ -369,8 +337,9 @@ def post_pre_backward(
 
     Those of branch_bias and norm_weight are empty without them.
     """
-    saved = (streams, branch, branch_bias, packed, new_streams, raw, new_packed)
-    parameters = (weight, alpha_pre, alpha_post, alpha_res, bias)
+    state = (streams, branch, branch_bias, packed)
+    parameters = (weight, alpha_pre, alpha_post, alpha_res, bias, norm_weight)
+    kept = (new_streams, new_packed, raw, _factors(factors, weight), inverse_rms)
     plan = plan_of(
         streams,
         branch,
@@ -380,9 +349,8 @@ def post_pre_backward(
         single_pass=single_pass,
         norm_eps=norm_eps,
     )
-    given = (_factors(factors, weight), norm_weight, inverse_rms)
-    context = _Context(plan, *saved, *given, *parameters)
-    found = PostPre.backward(context, grad_streams, grad_u, grad_new_packed, None)
+    grads = (grad_streams, grad_u, grad_new_packed, None)
+    found = POST_PRE.gradients(plan, (*state, *parameters, *kept), grads)
     bias_given, norm_given = _given(found[2], branch), _given(found[9], weight)
     grad_x, grad_branch, grad_packed, *rest = _found((*found[:2], *found[3:9]))
     grad_weight, *alphas, grad_bias = rest

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.plan import Plan
+from mhc_megatron.kernels.triton.tape import Tape
 
 
 def scratch_of(plan: Plan) -> Tensor:
@@ -17,7 +18,7 @@ def scratch_of(plan: Plan) -> Tensor:
 
 def mix_backward(
     plan: Plan,
-    stream: int | None,
+    stream: int | Tape | None,
     scratch: Tensor,
     new_streams: Tensor,
     grad_u: Tensor,
@@ -63,7 +64,7 @@ def mix_backward(
 
 def streams_backward(
     plan: Plan,
-    stream: int | None,
+    stream: int | Tape | None,
     scratch: Tensor | None,
     grad_streams: Tensor | None,
     streams: Tensor,
@@ -109,7 +110,7 @@ def streams_backward(
 
 def weight_backward(
     plan: Plan,
-    stream: int | None,
+    stream: int | Tape | None,
     scratch: Tensor,
     new_streams: Tensor,
     weight: Tensor,
@@ -126,7 +127,7 @@ def weight_backward(
 
 def pre_backward(
     plan: Plan,
-    stream: int | None,
+    stream: int | Tape | None,
     scratch: Tensor,
     grad_streams: Tensor | None,
     streams: Tensor,
@@ -151,7 +152,7 @@ def pre_backward(
 
 def parameter_backward(
     plan: Plan,
-    stream: int | None,
+    stream: int | Tape | None,
     scratch: Tensor,
     grad_weight: Tensor,
     norm_weight: Tensor | None,

@@ -16,6 +16,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from mhc_megatron.kernels.triton.tape import Tape
+
 Kind = tuple[Any, ...]
 # A compiled kernel, and its ``run``, ``function`` and ``packed_metadata``, by which it is launched.
 Handle = tuple[Any, Any, Any, Any]
@@ -135,7 +137,7 @@ class Prepared:
             them is the whole buffer, whose address costs less than a view.
     """
 
-    __slots__ = ("_grid", "_known", "_launch", "_numbers", "_parts", "_shifts", "_tail")
+    __slots__ = ("_grid", "_handle", "_known", "_launch", "_numbers", "_parts", "_shifts", "_tail")
 
     def __init__(
         self,
@@ -152,12 +154,17 @@ class Prepared:
         self._parts = {names.index(name): part for name, part in (parts or {}).items()}
         self._shifts = [(index, part.first) for index, part in self._parts.items() if part.first]
         self._known: tuple[Any, ...] | None = None
+        self._handle: Any = None
 
-    def __call__(self, stream: int | None, *tensors: Tensor | None) -> None:
-        """On ``stream``, of ``current_stream``."""
+    def __call__(self, stream: int | Tape | None, *tensors: Tensor | None) -> None:
+        """On ``stream``, of ``current_stream``; a tape takes the launch down."""
         known = self._known
-        if known is None or stream is None:
-            self._look_up(tensors)
+        if known is None or stream.__class__ is not int:
+            if isinstance(stream, Tape):
+                name, shifts = self._launch.kernel.__name__, dict(self._shifts)
+                stream.take(name, self._handle, self._grid, tensors, shifts, self._numbers)
+            else:
+                self._look_up(tensors)
             return
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         low_bits = 0
@@ -182,7 +189,7 @@ class Prepared:
         if handle is not None and all(
             tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given
         ):
-            _, run, function, metadata = handle
+            self._handle, run, function, metadata = handle
             self._known = (run, *self._grid, function, metadata)
 
 

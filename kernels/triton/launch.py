@@ -14,6 +14,7 @@ from torch import Tensor
 from mhc_megatron.kernels.triton.arguments import Parameters, Shape, blocks
 from mhc_megatron.kernels.triton.plan import Plan
 from mhc_megatron.kernels.triton.recompute import rebuild_fwd
+from mhc_megatron.kernels.triton.tape import Tape
 from mhc_megatron.kernels.triton.tiles import Tile
 
 # Sublayers that one launch of rebuild_fwd walks through: its code is unrolled over them. A longer
@@ -21,7 +22,7 @@ from mhc_megatron.kernels.triton.tiles import Tile
 REBUILT_TOGETHER = 8
 
 
-def factor_weight(plan: Plan, stream: int | None, weight: Tensor) -> Tensor:
+def factor_weight(plan: Plan, stream: int | Tape | None, weight: Tensor) -> Tensor:
     """phi as the products with the streams take it, forward and backward: [PARTS, M, K].
 
     Of many bfloat16 streams [K, 2 M].
@@ -34,18 +35,23 @@ def factor_weight(plan: Plan, stream: int | None, weight: Tensor) -> Tensor:
 
 
 def post(
-    plan: Plan, streams: Tensor, branch: Tensor, bias: Tensor | None, packed: Tensor
+    plan: Plan,
+    stream: int | Tape | None,
+    streams: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
 ) -> Tensor:
     """The next streams."""
     new_streams = torch.empty_like(streams)
     if plan.num_tokens:
-        plan.post_fwd(plan.stream(), streams, branch, bias, packed, new_streams)
+        plan.post_fwd(stream, streams, branch, bias, packed, new_streams)
     return new_streams
 
 
 def mix(
     plan: Plan,
-    stream: int | None,
+    stream: int | Tape | None,
     streams: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,

@@ -5,6 +5,7 @@ follows from sizes, dtypes and options alone is in its plan; a launch only adds 
 """
 
 from functools import cached_property, lru_cache
+from typing import Any
 
 from torch import Tensor
 
@@ -66,11 +67,19 @@ def _plan(call: Call) -> "Plan":
     return Plan(call)
 
 
+UNDECIDED = object()
+
+
 class Plan(Buffers):
-    """The launches of one ``Call``; each is made at first use."""
+    """The launches of one ``Call``; each is made at first use.
+
+    Attributes:
+        programs: functions.py's, by which its passes are replayed; None where they are not.
+    """
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
+        self.programs: Any = UNDECIDED
         self._launched_by_triton = INTERPRETED or call.device.type == "meta"
 
     def stream(self) -> int | None:
