@@ -19,6 +19,8 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OTHER_CORE := .cache/other-core
+# Where there is a C++ compiler, the extension that launches kernels is built as well.
+NATIVE := $(if $(shell command -v c++ || command -v g++),1,0)
 # The folders that setup.py installs inside mhc_megatron.
 MAPPED := kernels pipeline launch
 # The tests whose outcome may depend on the version of megatron-core.
@@ -78,14 +80,15 @@ typecheck: $(INSTALLED)
 	@cd .cache/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache -p mhc_megatron
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt
+$(INSTALLED): setup.py pyproject.toml constraints.txt kernels/native/replay.cpp
 	@test -n '$(PYTHON)' || { echo 'No Python from 3.10 to 3.13 was found. Install one, or name' \
 	    'it: make PYTHON=/path/to/python' >&2; exit 2; }
 	$(say) "Making the virtual environment .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 	$(say) 'Installing the versions of constraints.txt into it (minutes, the first time)'
 	@$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@MHC_MEGATRON_NATIVE=$(NATIVE) $(BIN)/python -m pip install -q -c constraints.txt \
+	    --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # The tests run on two releases of megatron-core. The one that is not installed is unpacked beside

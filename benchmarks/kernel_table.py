@@ -14,7 +14,11 @@ from typing import Any
 
 Line = dict[str, Any]
 _OF_HOST = "4096, 2560, 4"
-_HOST = {"host": "host", "host_stage": "host, of eight"}
+_HOST = {
+    "host": "host",
+    "host_stage": "host, of eight",
+    "python_stage": "of eight, launched by Python",
+}
 _OF_LINE = ("value", "floor")
 _METRICS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "both"}
 

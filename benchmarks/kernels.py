@@ -35,8 +35,10 @@ from timing import (
     host_floor,
     host_launch,
     host_times,
+    launched_by_python,
 )
 
+from mhc_megatron.kernels import native
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
 SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,2 4096,2560,8"
@@ -44,8 +46,8 @@ SHAPES = "4096,1280,4 8192,1920,4 4096,2560,4 8192,4096,4 4096,7168,4 4096,2560,
 COPIES = 3
 # Sublayers whose backward is one.
 PAIRS = 8
-# Times of the host, and how many backwards are one.
-HOST = {"host": 1, "host_stage": PAIRS}
+# Times of the host, and how many backwards are one; the last without the extension.
+HOST = {"host": 1, "host_stage": PAIRS, "python_stage": PAIRS}
 # No multiple of a tile, but of 16: what peers tuned for is then compiled once.
 CHECKED_TOKENS = 304
 
@@ -95,6 +97,10 @@ def measure(build: Build, data: list[Operands]) -> Iterator[tuple[str, str, Time
     stage = [build(data[i % len(data)]) for i in range(PAIRS)]
     times = host_times(lambda: forward_backward(stage))
     yield "fwd_bwd", "host_stage", Times(*(time / PAIRS for time in times))
+    if built[0].name.startswith("mhc_megatron") and native.availability()[0]:
+        with launched_by_python():
+            times = host_times(lambda: forward_backward(stage))
+        yield "fwd_bwd", "python_stage", Times(*(time / PAIRS for time in times))
 
 
 def run_shape(

@@ -2,10 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from mhc_megatron.kernels.native.programs import Programs
 
 
 class Times(NamedTuple):
@@ -123,6 +126,17 @@ def host_floor(pairs: int = 1) -> float:
         torch.autograd.grad(outputs, [first for first, *_ in leaves], grads)
 
     return host_times(call).median / pairs
+
+
+@contextmanager
+def launched_by_python() -> Iterator[None]:
+    """As where the extension is not built."""
+    run = Programs.run
+    Programs.run = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Programs.run = run  # type: ignore[method-assign]
 
 
 def host_launch(launches: int = 8) -> float:

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mhc_megatron.kernels.native.extension import obstacle as extension_obstacle
 from mhc_megatron.kernels.options import MappingOptions
 
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "native", "reference"]
 
 KERNEL_STREAMS = (1, 2, 3, 4, 8)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,6 +21,7 @@ KERNEL_CHANNEL_MULTIPLE = 8
 
 # Found once: torch.compile cannot trace the search.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NO_EXTENSION = extension_obstacle()
 
 
 class BackendChoice(NamedTuple):
@@ -30,7 +32,10 @@ class BackendChoice(NamedTuple):
 
 
 _ASKED_FOR = BackendChoice("triton", "asked for")
-_SUPPORTED = BackendChoice("triton", "the kernels support these streams")
+_LAUNCHED = (
+    "launched by the extension" if NO_EXTENSION is None else f"launched by Python: {NO_EXTENSION}"
+)
+_SUPPORTED = BackendChoice("triton", f"the kernels support these streams; {_LAUNCHED}")
 
 
 def choose_backend(
@@ -50,17 +55,22 @@ def choose_backend(
         num_streams: n of ``expand``, which has none yet; None for the n of ``streams``.
         backend: as for ``pre``, ``post`` and ``post_pre``.
 
+    Returns:
+        ``triton`` for ``native`` too: the same kernels.
+
     Raises:
-        ValueError: ``triton`` cannot run, and why; or there is no such backend.
+        ValueError: ``triton`` or ``native`` cannot run, and why; or there is no such backend.
     """
     if backend == "reference":
         return BackendChoice("reference", "asked for")
-    if backend not in ("auto", "triton"):
-        raise ValueError(f"backend={backend!r} is not one of auto, triton, reference")
+    if backend not in ("auto", "triton", "native"):
+        raise ValueError(f"backend={backend!r} is not one of auto, triton, native, reference")
     obstacle = _obstacle(streams, num_streams or streams.shape[-2], options)
-    if backend == "triton":
+    if backend == "native":
+        obstacle = obstacle or NO_EXTENSION
+    if backend != "auto":
         if obstacle is not None:
-            raise ValueError(f"backend='triton' cannot run: {obstacle}")
+            raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
         return _ASKED_FOR
     if obstacle is None and not streams.is_cuda:
         obstacle = "the interpreter is for tests, and has to be asked for"

@@ -81,6 +81,7 @@ def collect(machine: Machine) -> list[Check]:
             for name, requirement in wanted.items()
             if name not in ("torch", "megatron-core")
         ),
+        *_extension(machine),
         _apex(machine),
         *_communication(machine.torch),
         *_gpus(machine.gpus, machine.torch),
@@ -159,6 +160,18 @@ def _core(machine: Machine, requirement: Requirement) -> Iterator[Check]:
             note="no training data can be read; pip install --force-reinstall --no-deps "
             f"megatron-core=={core.version}",
         )
+
+
+def _extension(machine: Machine) -> Iterator[Check]:
+    if machine.extension is None:
+        return
+    found, remedy = machine.extension
+    yield Check(
+        name="launch extension",
+        status="missing" if remedy else "ok",
+        found=found,
+        note=remedy and f"the kernels are launched by Python, which costs the host more; {remedy}",
+    )
 
 
 def _apex(machine: Machine) -> Check:

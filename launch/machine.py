@@ -75,6 +75,8 @@ class Machine:
         import_problems: of modules that are installed and do not import: the reason.
         torch, core: None when not installed.
         torch_problem: why an installed torch does not import.
+        extension: what the extension that launches kernels was built for, or why it is not
+            there, and then the command that builds it; None without torch.
         slurm: what ``sinfo --version`` says, None without SLURM.
         disk_free: bytes, in the current directory.
     """
@@ -84,6 +86,7 @@ class Machine:
     import_problems: Mapping[str, str] = field(default_factory=dict)
     torch: Torch | None = None
     torch_problem: str = ""
+    extension: tuple[str, str] | None = None
     core: Core | None = None
     gpus: Gpus = field(default_factory=Gpus)
     slurm: str | None = None
@@ -105,12 +108,21 @@ def read_machine() -> Machine:
         import_problems=problems,
         torch=torch,
         torch_problem=torch_problem,
+        extension=None if torch is None else _read_extension(),
         core=_read_core(_find_core()),
         gpus=read_gpus(load_nvml()),
         slurm=_read_slurm(),
         cores=os.cpu_count() or 1,
         disk_free=shutil.disk_usage(Path.cwd()).free,
     )
+
+
+def _read_extension() -> tuple[str, str]:
+    # Imports torch.
+    from mhc_megatron.kernels.native.extension import BUILD, availability
+
+    available, found = availability()
+    return found, "" if available else BUILD
 
 
 def _version(distribution: str) -> str | None:

@@ -11,7 +11,7 @@ from mhc_megatron.pipeline.errors import ScheduleError
 Projection = Literal["sinkhorn", "sinkhorn_v4", "permutation", "identity", "unconstrained"]
 Variant = Literal["two_pass", "single_pass"]
 Contraction = Literal["mean", "sum", "learned", "read"]
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "native", "reference"]
 
 # mHC-lite mixes all n! permutation matrices, so its projection grows with n!.
 MAX_PERMUTATION_STREAMS = 4
@@ -39,8 +39,10 @@ class MHCConfig:
         contraction: how the streams become one before the final norm: ``mean``, ``sum``,
             ``learned`` (DeepSeek-V4's sigmoid head), or, with ``single_pass``, ``read``: the
             last sublayer's H_pre, which has no other reader (DeepSeek-V4.1).
-        backend: ``triton`` runs the fused kernels and raises where they cannot run, ``reference``
-            plain torch; ``auto`` takes the kernels where they can run and logs what it took.
+        backend: ``triton`` runs the fused kernels and raises where they cannot run, ``native``
+            raises also where they are not launched by the extension (docs/install.md),
+            ``reference`` is plain torch; ``auto`` takes what can run, in this order of speed:
+            ``native``, ``triton``, ``reference``, and logs what it took.
         recompute: which sublayers' states are dropped after the forward and rebuilt before the
             backward, as ``RecomputePolicy`` says. Gradients are the same bits. The reference
             keeps float32 copies of half-precision streams that no policy drops.

@@ -61,7 +61,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(_ROOT / name, folder)
     for name in _SOURCES:
         shutil.copytree(
-            _ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+            _ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.so"),
         )
     return folder
 
@@ -82,10 +84,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _sources() -> Iterator[str]:
-    """Every file of the packages, by its installed path."""
+    """Every file of the packages, by its installed path; an extension is compiled where it is."""
     for name in _SOURCES:
         for path in (_ROOT / name).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so":
                 relative = path.relative_to(_ROOT)
                 yield str(relative if name == "mhc_megatron" else "mhc_megatron" / relative)
 

@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mhc_megatron.kernels.native.extension import extension
 from mhc_megatron.kernels.triton.passes import Operation, Tensors
 from mhc_megatron.kernels.triton.plan import Plan
 from mhc_megatron.kernels.triton.tape import NotTaken, Tape
@@ -17,24 +16,6 @@ from mhc_megatron.kernels.triton.tape import NotTaken, Tape
 _LOGGER = logging.getLogger(__name__)
 # Parameters behind those that a kernel names: two pointers to scratch memory, one in Triton 3.3.
 _MOST_SCRATCH = 2
-
-
-@cache
-def _extension() -> tuple[ModuleType | None, str]:
-    """replay.cpp, compiled; or None, and why not."""
-    try:
-        module = import_module("mhc_megatron.kernels.native._replay")
-    except ImportError as error:
-        return None, f"not built for this Python and torch ({error})"
-    if module.torch_version != torch.__version__.partition("+")[0]:
-        return None, f"built for torch {module.torch_version}, not {torch.__version__}"
-    return module, f"built for torch {module.torch_version}"
-
-
-def availability() -> tuple[bool, str]:
-    """Whether the extension is there to be used, and what it is, or why not."""
-    module, reason = _extension()
-    return module is not None, reason
 
 
 class Programs:
@@ -53,7 +34,7 @@ class Programs:
     @classmethod
     def of(cls, operation: Operation, plan: Plan) -> "Programs | None":
         """None also for a plan of no tokens, which launches nothing."""
-        if _extension()[0] is None or not plan.num_tokens:
+        if extension()[0] is None or not plan.num_tokens:
             return None
         return cls(operation, plan)
 
@@ -88,7 +69,7 @@ class Programs:
         tape = _taken(operands, forward)
         if tape is None:
             return None
-        module = _extension()[0]
+        module = extension()[0]
         assert module is not None
 
         def fallback(
@@ -127,7 +108,7 @@ class Programs:
 
 def _taken(inputs: Tensors, work: Callable[[Tape], Sequence[Tensor | None]]) -> Any:
     """The extension's tape of ``work``; None, and said once, where there can be none yet."""
-    module = _extension()[0]
+    module = extension()[0]
     assert module is not None
     tape = Tape(inputs)
     try:
@@ -147,7 +128,7 @@ def _with_scratch(function: int, arguments: list[tuple[int, int]]) -> list[tuple
     Raises:
         NotTaken: what CUDA says of the kernel's parameters is something else.
     """
-    module = _extension()[0]
+    module = extension()[0]
     assert module is not None
     sizes = module.parameters_of(function)
     missing = len(sizes) - len(arguments)

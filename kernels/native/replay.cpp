@@ -20,6 +20,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Of what Python passes here; the same number stands in extension.py.
+constexpr int kVersion = 1;
 constexpr uint64_t kAlignment = 16;
 constexpr size_t kMostArguments = 64;
 
@@ -490,6 +492,7 @@ py::object call(
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("torch_version") = TORCH_VERSION;
+  module.attr("version") = kVersion;
   module.def("parameters_of", &parameters_of);
   module.def("launch_by", &launch_by);
   py::class_<Tape, c10::intrusive_ptr<Tape>>(module, "Tape")

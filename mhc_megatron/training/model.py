@@ -167,7 +167,7 @@ def require_kernels(config: TrainConfig) -> None:
     Raises:
         UserError: ``mhc.backend="triton"`` where the kernels cannot run, and why.
     """
-    if config.mhc.backend != "triton" or config.model.residual != "mhc":
+    if config.mhc.backend not in ("triton", "native") or config.model.residual != "mhc":
         return
     streams = torch.empty(
         (0, config.mhc.num_streams, config.model.hidden_size),
@@ -176,7 +176,7 @@ def require_kernels(config: TrainConfig) -> None:
     )
     options = kernels.MappingOptions(projection=config.mhc.projection)
     try:
-        kernels.choose_backend(streams, options=options, backend="triton")
+        kernels.choose_backend(streams, options=options, backend=config.mhc.backend)
     except ValueError as error:
         raise UserError(
             f"mhc.{error}; set mhc.backend=auto, which would use the reference"

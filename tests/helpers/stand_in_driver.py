@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels import backends, functional
 from mhc_megatron.kernels.known import Known
-from mhc_megatron.kernels.native import programs
+from mhc_megatron.kernels.native.extension import extension as built
 from mhc_megatron.kernels.triton import bound, compiled, plan
 from mhc_megatron.kernels.triton.compiled import Launch
 
@@ -156,7 +156,7 @@ def forget() -> None:
 def stand_in_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """In the place of CUDA's, for kernels of CPU tensors."""
     driver = Driver()
-    extension = programs._extension()[0]
+    extension = built()[0]
     assert extension is not None
     monkeypatch.setattr(compiled, "InterpretedFunction", ())
     monkeypatch.setattr(plan, "INTERPRETED", False)

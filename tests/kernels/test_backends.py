@@ -32,7 +32,9 @@ def test_auto_takes_the_kernels_on_a_gpu() -> None:
 
 def test_a_backend_that_was_asked_for() -> None:
     assert choose_backend(streams(), backend="reference") == ("reference", "asked for")
-    with pytest.raises(ValueError, match="backend='cuda' is not one of auto, triton, reference"):
+    with pytest.raises(
+        ValueError, match="backend='cuda' is not one of auto, triton, native, reference"
+    ):
         choose_backend(streams(), backend="cuda")
 
 

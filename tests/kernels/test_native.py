@@ -10,8 +10,10 @@ from helpers.fused import Case, operands
 from helpers.stand_in_driver import Driver, stand_in_driver
 from torch import Tensor
 
-from mhc_megatron.kernels import PackedMappings, functional, native
+from mhc_megatron.kernels import PackedMappings, backends, functional, native
 from mhc_megatron.kernels.native import programs
+from mhc_megatron.kernels.native.extension import BUILD, extension
+from mhc_megatron.kernels.native.extension import obstacle as extension_obstacle
 from mhc_megatron.kernels.triton import compiled
 from mhc_megatron.kernels.triton.tape import NotTaken, Tape
 
@@ -50,6 +52,7 @@ class Repeated:
 
     def __init__(self, case: Case, *, main_grad: bool = False) -> None:
         self.case = case
+        self.backend = "triton"
         self.leaves = {
             name: leaf.requires_grad_()
             for name, leaf in operands(case, torch.device("cpu")).items()
@@ -65,7 +68,7 @@ class Repeated:
     def forward(self) -> list[Tensor]:
         leaves, case = self.leaves, self.case
         given: list[Any] = [leaves["streams"]]
-        keywords: dict[str, Any] = {"backend": "triton"}
+        keywords: dict[str, Any] = {"backend": self.backend}
         if "packed" in leaves:
             mix = PackedMappings(leaves["packed"], case.n, leaves["streams"].shape[:-2])
             given += [leaves["branch"], mix]
@@ -359,10 +362,25 @@ def test_a_tape_refuses_work_that_is_no_launch() -> None:
 def test_it_says_what_it_is_or_why_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.availability() == (True, f"built for torch {torch.__version__.split('+')[0]}")
     monkeypatch.setattr(torch, "__version__", "1.2.3")
-    programs._extension.cache_clear()
+    extension.cache_clear()
     try:
         available, reason = native.availability()
     finally:
         monkeypatch.undo()
-        programs._extension.cache_clear()
-    assert not available and "not 1.2.3" in reason
+        extension.cache_clear()
+    assert not available and reason.endswith("not 1.2.3")
+
+
+def test_it_can_be_required(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated = Repeated(BOUNDARY)
+    repeated.backend = "native"
+    repeated.learn()
+    assert driver.by_extension
+    monkeypatch.setattr("mhc_megatron.kernels.native.extension.availability", lambda: (False, "x"))
+    reason = extension_obstacle()
+    assert reason == f"the extension that would do it, x; {BUILD}"
+    monkeypatch.setattr(backends, "NO_EXTENSION", reason)
+    other = Repeated(Case(operation="post_pre", **{**SMALL, "tokens": 2}))
+    other.backend = "native"
+    with pytest.raises(ValueError, match="backend='native' cannot run: the extension that would"):
+        other.forward()

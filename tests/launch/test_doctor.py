@@ -55,6 +55,7 @@ NODE = Machine(
         version="2.13.0", cuda="13.0", capabilities=((9, 0), (9, 0)), nccl="2.28.9", gloo=True
     ),
     core=Core(version="0.19.2"),
+    extension=("built for torch 2.13.0", ""),
     gpus=Gpus(driver="580.1", devices=(_H100, _H100)),
     slurm="24.05.1",
     cores=32,
@@ -124,6 +125,13 @@ def test_the_supported_range_is_the_one_that_the_trainer_enforces() -> None:
             "missing",
             "does not import: libcudart.so.13: cannot open",
             "nothing runs",
+        ),
+        (
+            {"extension": ("is not built", "pip install this")},
+            "launch extension",
+            "missing",
+            "is not built",
+            "the kernels are launched by Python, which costs the host more; pip install this",
         ),
         ({"torch": Torch(version="2.4.0")}, "torch", "warn", "2.4.0, CPU build", "older than"),
         (
