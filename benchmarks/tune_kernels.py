@@ -65,15 +65,11 @@ WIDE_CANDIDATES = {
     "mix": grid("16 32", "32 64 128", "4 8", "2 3 4"),
     "project": spans(grid("64 128 256", "32 64", "4 8", "2 3 4"), "1280 2560 5120"),
     "mix_backward": grid("16 32", "32 64", "4 8", "2 3"),
-    "streams_backward": spans(
-        grid("64", "16", "8", "1 2") + grid("64 128", "8", "4 8", "1 2"), "320 640 1280"
-    ),
-    "post_backward": spans(
-        grid("16 32 64", "16 32 64", "4 8", "1") + grid("4 8", "64 128", "4 8", "1"),
-        "320 640 2560",
-    ),
-    "weight_backward": grid("32 64 128", "64 128 256", "4 8", "3 4"),
+    "post_backward": grid("4 8 16", "64 128 256", "4 8", "1"),
+    "pre_backward": grid("64 128", "32 64 128", "4 8", "2 3"),
 }
+# Launched for up to four streams alone.
+NARROW = ("streams_backward", "weight_backward")
 
 KERNELS = ["project", *CANDIDATES]
 
@@ -90,15 +86,17 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         post = (one.streams, one.branch, None, one.packed)
         if kernel == "post":
             plan = plan_of(*post[:3], tiles=tiles)
-            made.append(partial(launch.post, plan, *post))
+            made.append(partial(launch.post, plan, None, *post))
             continue
         if kernel == "rebuild":
             made.append(rebuild_call(one, tiles.rebuild))
             continue
         if kernel == "post_backward":
             plan = plan_of(*post[:3], tiles=tiles)
-            operands = (None, None, one.grad_streams, *post, None, None, None, None)
-            made.append(partial(backward_launch.streams_backward, plan, *operands))
+            backward, nobody = backward_launch.streams_backward, (None, None, None)
+            if plan.wide:
+                backward, nobody = backward_launch.wide_streams_backward, (None, None)
+            made.append(partial(backward, plan, None, None, one.grad_streams, *post, *nobody))
             continue
         # The forward in the default tiles where it is not measured.
         default = plan_of(*post[:3], options=options())
@@ -124,7 +122,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
             made.append(partial(backward_launch.pre_backward, plan, *operands))
         else:
-            operands = (None, scratch, one.grad_streams, *post, streams, *read)
+            operands = (None, scratch, one.grad_streams, *post, *read)
             made.append(partial(backward_launch.streams_backward, plan, *operands))
     return made
 
@@ -159,6 +157,8 @@ def candidates(kernel: str, base: Tiles) -> list[Tile]:
     """Those of the table's number of streams; none of a kernel that it does not launch."""
     if base.project is None:
         return CANDIDATES.get(kernel, [])
+    if kernel in NARROW:
+        return []
     return WIDE_CANDIDATES.get(kernel) or CANDIDATES[kernel]
 
 

@@ -71,27 +71,22 @@ def streams_backward(
     branch: Tensor,
     branch_bias: Tensor | None,
     packed: Tensor,
-    new_streams: Tensor | None,
     grad_u: Tensor | None,
     read_packed: Tensor | None,
     factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of streams, branch and the mappings that wrote.
+    """Gradients of streams, branch and the mappings that wrote, of up to four streams.
 
-    ``grad_u`` is that before its norm; the last four are those of the sublayer that reads the
+    ``grad_u`` is that before its norm; the last three are those of the sublayer that reads the
     streams. None of them, nor of scratch, for ``post`` alone.
     """
-    grad_x = torch.empty_like(streams)
-    grad_branch = torch.empty_like(branch)
+    grad_x, grad_branch = torch.empty_like(streams), torch.empty_like(branch)
     grad_packed = torch.empty_like(packed)
-    sums = grad_packed
-    if plan.wide:
-        sums = torch.empty(plan.streams_sums, dtype=torch.float32, device=plan.device)
     plan.streams_bwd[grad_streams is not None](
         stream,
         grad_streams,
         grad_u,
-        *((streams, new_streams) if plan.wide else (streams,)),
+        streams,
         branch,
         branch_bias,
         packed,
@@ -101,10 +96,48 @@ def streams_backward(
         factors,
         grad_x,
         grad_branch,
-        sums,
+        grad_packed,
     )
-    if plan.wide:
-        plan.add_splits(stream, sums, grad_packed)
+    return grad_x, grad_branch, grad_packed
+
+
+def wide_streams_backward(
+    plan: Plan,
+    stream: int | Tape | None,
+    scratch: Tensor | None,
+    grad_streams: Tensor,
+    streams: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    packed: Tensor,
+    new_streams: Tensor | None,
+    grad_u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of many streams.
+
+    With ``scratch`` ``grad_streams`` is of ``pre_backward``, and its memory is that of the result;
+    the last two are read in a single pass alone.
+    """
+    grad_x = torch.empty_like(streams) if scratch is None else grad_streams
+    grad_branch, grad_packed = torch.empty_like(branch), torch.empty_like(packed)
+    shape = plan.shape_of_coefficients
+    coefficients = torch.empty(shape, dtype=torch.float32, device=plan.device)
+    single_pass = scratch is not None and plan.single_pass
+    plan.wide_streams_bwd(
+        stream,
+        grad_streams,
+        scratch if plan.has_low else None,
+        grad_u if single_pass else None,
+        streams,
+        new_streams if single_pass else None,
+        branch,
+        branch_bias,
+        packed,
+        grad_x,
+        grad_branch,
+        grad_packed,
+        coefficients,
+    )
     return grad_x, grad_branch, grad_packed
 
 
@@ -138,14 +171,16 @@ def pre_backward(
     main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Of ``pre`` alone: the gradient of the streams, and phi's as of ``weight_backward``; without
-    ``weight`` that is not wanted."""
+    ``weight`` that is not wanted. Of many streams also of ``post_pre``, and then the former is what
+    ``wide_streams_backward`` takes."""
     grad_x = torch.empty_like(streams)
     grad = sums = None
     if weight is not None:
         grad = torch.empty_like(weight) if main_grad is None else main_grad
         sums = scratch if plan.has_weight_sums else grad
+    low = (scratch if plan.has_low else None,) if plan.wide else ()
     plan.pre_bwd[grad_streams is not None, weight is not None](
-        stream, grad_streams, grad_u, streams, packed, scratch, scratch, factors, grad_x, sums
+        stream, grad_streams, grad_u, streams, packed, scratch, scratch, factors, grad_x, *low, sums
     )
     return grad_x, grad
 

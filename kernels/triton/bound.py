@@ -14,7 +14,7 @@ from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
 from mhc_megatron.kernels.triton import weight_backward as weight_backward_kernel
 from mhc_megatron.kernels.triton import wide_backward as wide_backward_kernel
-from mhc_megatron.kernels.triton import wide_weight_backward as wide_weight_backward_kernel
+from mhc_megatron.kernels.triton import wide_pre_backward as wide_pre_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
     blocks,
     logit_groups,
@@ -252,34 +252,22 @@ def streams_bwd(
 def wide_streams_bwd(
     n: int,
     channels: int,
-    num_logits: int,
     dtype: torch.dtype,
     tile: Tile,
-    terms: int,
-    has_grad_y: bool,
-    has_pre: bool,
     has_bias: bool,
+    has_low: bool,
     single_pass: bool,
 ) -> Launch:
-    terms = terms if parts_of(dtype) == 2 else 1
     return Launch(
         wide_backward_kernel.wide_streams_bwd,
         C=channels,
         N=n,
-        M=num_logits,
-        TERMS=terms,
-        DEPTH=padded(terms * num_logits, 16),
-        PRECISION=precision_of(dtype),
-        HAS_GRAD_Y=has_grad_y,
-        HAS_PRE=has_pre,
         HAS_BIAS=has_bias,
+        HAS_LOW=has_low,
         SINGLE_PASS=single_pass,
-        INTERLEAVED=interleaves(n, dtype),
-        SPAN=tile.span or channels,
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),
-        caches=True,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -319,33 +307,51 @@ def pre_bwd(
 
 
 @cache
+def wide_pre_bwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    split: int,
+    terms: int,
+    has_grad_y: bool,
+    trains: bool,
+    has_low: bool,
+    single_pass: bool,
+) -> Launch:
+    head, tail = logit_groups(num_logits)
+    return Launch(
+        wide_pre_backward_kernel.wide_pre_bwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        HEAD=head,
+        TAIL=tail,
+        PARTS=parts_of(dtype),
+        TERMS=terms if parts_of(dtype) == 2 else 1,
+        PRECISION=precision_of(dtype),
+        HAS_GRAD_Y=has_grad_y,
+        HAS_LOW=has_low,
+        SINGLE_PASS=single_pass,
+        TRAINS=trains,
+        INTERLEAVED=interleaves(n, dtype),
+        SPLIT=split,
+        PASSES_FIRST=tile.channels > 64,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@cache
 def weight_bwd(width: int, num_logits: int, dtype: torch.dtype, tile: Tile, split: int) -> Launch:
     return Launch(
         weight_backward_kernel.weight_bwd,
         K=width,
         M=num_logits,
         MP=logit_rows(num_logits, dtype),
-        PARTS=parts_of(dtype),
-        PRECISION=precision_of(dtype),
-        SPLIT=split,
-        BT=tile.tokens,
-        BK=tile.channels,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-    )
-
-
-@cache
-def wide_weight_bwd(
-    width: int, num_logits: int, dtype: torch.dtype, tile: Tile, split: int
-) -> Launch:
-    head, tail = logit_groups(num_logits)
-    return Launch(
-        wide_weight_backward_kernel.wide_weight_bwd,
-        K=width,
-        M=num_logits,
-        HEAD=head,
-        TAIL=tail,
         PARTS=parts_of(dtype),
         PRECISION=precision_of(dtype),
         SPLIT=split,
@@ -373,17 +379,5 @@ def reduce_partials(
         NORM_PROGRAMS=blocks(channels, NORM_COLUMNS) if has_norm else 0,
         NORM_COLUMNS=NORM_COLUMNS,
         ACCUMULATE=accumulate,
-        num_warps=4,
-    )
-
-
-@cache
-def add_splits(rows: int, tile: Tile, splits: int) -> Launch:
-    return Launch(
-        wide_backward_kernel.add_splits,
-        ROWS=rows,
-        SPLITS=splits,
-        BT=tile.tokens,
-        BLOCK=ELEMENTS,
         num_warps=4,
     )

@@ -126,22 +126,29 @@ class Buffers:
 
     @property
     def streams_tile(self) -> Tile:
+        """Of ``streams_bwd``."""
         tiles = self.call.tiles
-        return tiles.streams_backward if self.num_logits else tiles.post_backward
+        if not self.num_logits:
+            return tiles.post_backward
+        assert tiles.streams_backward is not None
+        return tiles.streams_backward
 
     @cached_property
-    def streams_sums(self) -> int:
-        """float32 numbers that ``wide_streams_bwd`` leaves to ``add_splits``."""
-        tile, products = self.streams_tile, 0
-        if self.num_logits and bound.interleaves(self.num_streams, self.dtype):
-            products = self.num_streams * tile.channels
-        return self.programs_of(tile, self.channels) * tile.tokens * (self.rows + products)
+    def has_low(self) -> bool:
+        """Whether ``wide_pre_bwd`` leaves more bits of a gradient than the streams' dtype has."""
+        return self.wide and self.has_branch and self.num_logits > 0 and self.dtype.itemsize == 2
+
+    @cached_property
+    def shape_of_coefficients(self) -> tuple[int, int, int]:
+        """Of what a program of ``wide_streams_bwd`` has side by side: [programs, n (n + 2), BT]."""
+        tokens = self.call.tiles.post_backward.tokens
+        return blocks(self.num_tokens, tokens), self.rows, tokens
 
     @cached_property
     def splits(self) -> int:
         """Of the tokens, for phi's gradient."""
         tiles = self.call.tiles
-        split = tiles.weight_split if self.has_branch else tiles.pre_split
+        split = tiles.weight_split if self.has_branch and not self.wide else tiles.pre_split
         return blocks(self.num_tokens, split)
 
     @cached_property
@@ -180,6 +187,7 @@ class Buffers:
         small_sums: of alphas and bias, [2 M, programs].
         norm_sums: of a norm's weight, [programs, C].
         weight_sums: of phi, [splits, M, K].
+        low: of the gradient of the new streams, [T, K], eight bits.
         """
         rows = 2 * (self.options.iterations - 1) * self.num_streams if self.iterates else 0
         sizes = {
@@ -189,11 +197,13 @@ class Buffers:
             "small_sums": 2 * self.num_logits * self.sum_columns,
             "norm_sums": self.read_programs * self.channels if self.has_norm else 0,
             "weight_sums": self.splits * self.num_weights if self.has_weight_sums else 0,
+            "low": self.num_tokens * self.num_streams * self.channels if self.has_low else 0,
         }
+        dtypes = {"projected": self.factor_dtype, "low": torch.uint8}
         parts, end = {}, 0
         for name, size in sizes.items():
             if size:
-                dtype = self.factor_dtype if name == "projected" else torch.float32
+                dtype = dtypes.get(name, torch.float32)
                 parts[name] = Part(end, size, dtype)
                 end += blocks(size * dtype.itemsize, _ALIGNMENT) * _ALIGNMENT
         return parts, end // torch.float32.itemsize

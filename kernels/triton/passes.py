@@ -113,9 +113,15 @@ def _post_backward(
     main_grad: Tensor | None,
 ) -> Tensors:
     streams, branch, branch_bias, packed = saved
-    grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
-        plan, stream, None, grads[0], streams, branch, branch_bias, packed, None, None, None, None
-    )
+    state = (streams, branch, branch_bias, packed)
+    if plan.wide:
+        grad_x, grad_branch, grad_packed = backward_launch.wide_streams_backward(
+            plan, stream, None, grads[0], *state, None, None
+        )
+    else:
+        grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
+            plan, stream, None, grads[0], *state, None, None, None
+        )
     return grad_x, grad_branch, None, grad_packed
 
 
@@ -232,29 +238,40 @@ def _post_pre_backward(
         norm_weight,
         inverse_rms,
     )
-    grad_weight = None
-    if trains or plan.has_norm:
-        # Right after the first pass, whose last reads of the streams are still in L2.
-        grad_weight = backward_launch.weight_backward(
-            plan, stream, scratch, new_streams, weight, main_grad
+    state = (streams, branch, branch_bias, packed)
+    trained = weight if trains or plan.has_norm else None
+    if plan.wide:
+        grad_new, grad_weight = backward_launch.pre_backward(
+            plan,
+            stream,
+            scratch,
+            grad_streams,
+            new_streams,
+            grad_u,
+            read_packed,
+            factors,
+            trained,
+            main_grad,
         )
-    of_parameters = _parameter_gradients(
-        plan, stream, scratch, grad_weight, main_grad, alpha_res, norm_weight
-    )
-    grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
-        plan,
-        stream,
-        scratch,
-        grad_streams,
-        streams,
-        branch,
-        branch_bias,
-        packed,
-        new_streams,
-        grad_u,
-        read_packed,
-        factors,
-    )
+        of_parameters = _parameter_gradients(
+            plan, stream, scratch, grad_weight, main_grad, alpha_res, norm_weight
+        )
+        grad_x, grad_branch, grad_packed = backward_launch.wide_streams_backward(
+            plan, stream, scratch, grad_new, *state, new_streams, grad_u
+        )
+    else:
+        grad_weight = None
+        if trained is not None:
+            # Right after the first pass, whose last reads of the streams are still in L2.
+            grad_weight = backward_launch.weight_backward(
+                plan, stream, scratch, new_streams, weight, main_grad
+            )
+        of_parameters = _parameter_gradients(
+            plan, stream, scratch, grad_weight, main_grad, alpha_res, norm_weight
+        )
+        grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
+            plan, stream, scratch, grad_streams, *state, grad_u, read_packed, factors
+        )
     return grad_x, grad_branch, None, grad_packed, *of_parameters
 
 

@@ -4,6 +4,7 @@ A call of ``pre``, ``post`` or ``post_pre`` with its backward launches up to sev
 follows from sizes, dtypes and options alone is in its plan; a launch only adds addresses to it.
 """
 
+import itertools
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -187,10 +188,9 @@ class Plan(Buffers):
         tile, read = self.streams_tile, {}
         if self.num_logits:
             read = self.parts_of_scratch(projected_ptr="projected", radial_ptr="radial")
-        bind = bound.wide_streams_bwd if self.wide else bound.streams_bwd
         without, given = (
             Prepared(
-                bind(
+                bound.streams_bwd(
                     self.num_streams,
                     self.channels,
                     self.num_logits or 1,
@@ -202,7 +202,7 @@ class Plan(Buffers):
                     self.has_bias,
                     self.single_pass,
                 ),
-                (self.programs_of(tile, self.channels),),
+                (blocks(self.num_tokens, tile.tokens),),
                 (self.num_tokens,),
                 read,
             )
@@ -211,19 +211,28 @@ class Plan(Buffers):
         return without, given
 
     @cached_property
-    def add_splits(self) -> Prepared:
-        """Of many streams, after ``streams_bwd``."""
-        tile = self.streams_tile
-        kernel = bound.add_splits(self.rows, tile, tile.splits(self.channels))
-        grid = (blocks(self.num_tokens, bound.ELEMENTS), self.rows)
-        return Prepared(kernel, grid, (self.num_tokens,))
+    def wide_streams_bwd(self) -> Prepared:
+        """Of many streams; after ``wide_pre_bwd``, but for ``post`` alone."""
+        tile = self.call.tiles.post_backward
+        kernel = bound.wide_streams_bwd(
+            self.num_streams,
+            self.channels,
+            self.dtype,
+            tile,
+            self.has_bias,
+            self.has_low,
+            self.num_logits > 0 and self.single_pass,
+        )
+        parts = self.parts_of_scratch(low_ptr="low") if self.has_low else {}
+        grid = (blocks(self.num_tokens, tile.tokens),)
+        return Prepared(kernel, grid, (self.num_tokens,), parts)
 
     @cached_property
     def weight_bwd(self) -> Prepared:
         tile, split = self.call.tiles.weight_backward, self.call.tiles.weight_split
+        assert tile is not None
         width = self.num_streams * self.channels
-        bind = bound.wide_weight_bwd if self.wide else bound.weight_bwd
-        kernel = bind(width, self.num_logits, self.dtype, tile, split)
+        kernel = bound.weight_bwd(width, self.num_logits, self.dtype, tile, split)
         grid = (blocks(width, tile.channels), self.splits)
         parts = self.parts_of_scratch(projected_ptr="projected", partial_ptr="weight_sums")
         return Prepared(kernel, grid, (self.num_tokens,), parts)
@@ -234,30 +243,21 @@ class Plan(Buffers):
         tiles, n = self.call.tiles, self.num_streams
         tile, split = tiles.pre_backward, tiles.pre_split
         grid = blocks(self.channels, tile.channels) * n, blocks(self.num_tokens, split)
-        return {
-            (has_grad_y, trains): Prepared(
-                bound.pre_bwd(
-                    n,
-                    self.channels,
-                    self.num_logits,
-                    self.dtype,
-                    tile,
-                    split,
-                    tiles.product_terms,
-                    has_grad_y,
-                    trains,
-                ),
-                grid,
-                (self.num_tokens,),
-                self.parts_of_scratch(
-                    projected_ptr="projected",
-                    radial_ptr="radial",
-                    **({"weight_partial_ptr": "weight_sums"} if trains else {}),
-                ),
-            )
-            for has_grad_y in (False, True)
-            for trains in (False, True)
-        }
+        sizes = n, self.channels, self.num_logits, self.dtype, tile, split, tiles.product_terms
+        parts = {"projected_ptr": "projected", "radial_ptr": "radial"}
+        if self.has_low:
+            parts["low_ptr"] = "low"
+        found = {}
+        for has_grad_y, trains in itertools.product((False, True), repeat=2):
+            if self.wide:
+                modes = self.has_low, self.single_pass
+                kernel = bound.wide_pre_bwd(*sizes, has_grad_y, trains, *modes)
+            else:
+                kernel = bound.pre_bwd(*sizes, has_grad_y, trains)
+            sums = {"weight_partial_ptr": "weight_sums"} if trains else {}
+            read = self.parts_of_scratch(**parts, **sums)
+            found[has_grad_y, trains] = Prepared(kernel, grid, (self.num_tokens,), read)
+        return found
 
     @cached_property
     def reduce_partials(self) -> Prepared:

@@ -62,18 +62,13 @@ def pre_bwd(
     rows = tl.arange(0, BT)[:, None]
     places = rows * K + columns[None, :]
 
-    # Of many streams phi is [K, 2 M].
-    TRANSPOSED: tl.constexpr = INTERLEAVED and N > 4
-    ROW: tl.constexpr = 1 if TRANSPOSED else K
     phi_columns = interleaved_place(stream, channels, N) if INTERLEAVED else columns
-    if TRANSPOSED:
-        phi_columns *= 2 * M
-    phi_rows = weight_ptr + tl.arange(0, MP)[:, None] * ROW
+    phi_rows = weight_ptr + tl.arange(0, MP)[:, None] * K
     phi_live = tl.arange(0, MP) < M
     weight = load_weight(phi_rows, phi_columns, present, phi_live)
     weight_low = weight
     if TERMS == 3:
-        weight_low = load_weight(phi_rows + M * ROW, phi_columns, present, phi_live)
+        weight_low = load_weight(phi_rows + M * K, phi_columns, present, phi_live)
     m = tl.arange(0, PARTS * ROWS) % ROWS
     parts = tl.arange(0, PARTS * ROWS) // ROWS
     sums = tl.zeros([PARTS * ROWS, BC], tl.float32)

@@ -266,6 +266,26 @@ def lane_sums(product, BT: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr)
 
 
 @triton.jit
+def upper_bits(tile):
+    """Of float32 the upper 24 bits, sixteen and eight; what is left out is below 2^-15 of it."""
+    bits = tile.to(tl.uint32, bitcast=True) >> 8
+    return (bits >> 8).to(tl.uint16), (bits & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def from_upper_bits(high, low):
+    """The inverse; zeros for the bits left out."""
+    bits = (high.to(tl.uint32) << 16) | (low.to(tl.uint32) << 8)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_bits(pointer):
+    """A pointer to 16-bit numbers as one to their bits."""
+    return pointer.to(tl.pointer_type(tl.uint16), bitcast=True)
+
+
+@triton.jit
 def zero_sums(ROWS: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr):
     sums = ()
     for _ in tl.static_range(ROWS):

@@ -14,8 +14,8 @@ class Tile:
     """One kernel's tile: BT tokens by BC channels (powers of two), warps, and pipeline stages.
 
     Attributes:
-        span: channels of a program, a multiple of the tile's; None for all. Only of kernels that
-            say so; of ``project`` all streams' channels are counted.
+        span: channels of a program, all streams' counted, a multiple of the tile's; None for all.
+            Only of ``project``.
     """
 
     tokens: int
@@ -43,13 +43,15 @@ class Tiles:
         mix_backward_norm: ``mix_bwd`` with the gradient of a norm, which has 2 n + 1 sums per token
             and not n; None for ``mix_backward``.
         streams_backward: ``streams_bwd`` of ``post_pre``, the gradients of streams and branch;
-            tokens at least 16.
-        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices. These two of
-            more than four streams ``wide_streams_bwd``, with a ``span``.
-        pre_backward: ``pre_bwd``, the gradients of the streams and phi; tokens at least 16.
+            tokens at least 16. None of more than four streams.
+        post_backward: ``streams_bwd`` of ``post`` alone, which multiplies no matrices. Of more than
+            four streams ``wide_streams_bwd``, of ``post_pre`` too.
+        pre_backward: ``pre_bwd``, the gradients of the streams and phi; tokens at least 16. Of more
+            than four streams ``wide_pre_bwd``, of ``post_pre`` too.
         pre_split: tokens per program of ``pre_bwd``, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
+            None of more than four streams.
         weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
             make 320 programs of 4096 tokens and 4 x 2560 channels.
         product_terms: of bfloat16 streams, products of the two parts in ``grad_projected @ phi``:
@@ -61,10 +63,10 @@ class Tiles:
     post: Tile
     rebuild: Tile
     mix_backward: Tile
-    streams_backward: Tile
     post_backward: Tile
     pre_backward: Tile
-    weight_backward: Tile
+    streams_backward: Tile | None = None
+    weight_backward: Tile | None = None
     mix_backward_norm: Tile | None = None
     project: Tile | None = None
     pre_split: int = 1024
@@ -132,23 +134,16 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
             post=Tile(tokens=16, channels=64, num_stages=1),
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=32),
-            streams_backward=Tile(tokens=16, channels=16, num_stages=1, span=640),
-            post_backward=Tile(tokens=32, channels=16, num_stages=1, span=640),
-            pre_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=2),
-            weight_backward=Tile(tokens=32, channels=64),
+            post_backward=Tile(tokens=8, channels=64, num_stages=1),
+            pre_backward=Tile(tokens=64, channels=32, num_stages=2),
         )
     # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
-    # 64 tokens are the rows of a tensor core's product, 16 channels all that its sums leave room
-    # for: a program's threads hold 4 channels of a token each.
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8),
         project=Tile(tokens=128, channels=64, num_warps=8, span=2560),
         post=Tile(tokens=8, channels=128, num_stages=1),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),
-        streams_backward=Tile(tokens=64, channels=16, num_warps=8, num_stages=2, span=1280),
         post_backward=Tile(tokens=8, channels=128, num_stages=1),
-        pre_backward=Tile(tokens=32, channels=64, num_warps=8),
-        weight_backward=Tile(tokens=64, channels=128, num_warps=8),
-        weight_split=2048,
+        pre_backward=Tile(tokens=64, channels=128, num_stages=2),
     )

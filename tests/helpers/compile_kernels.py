@@ -22,11 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import backward_launch, fp8_launch, head_launch, launch
+from mhc_megatron.kernels.triton import fp8_launch, head_launch, launch
 from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.compiled import Launch
 from mhc_megatron.kernels.triton.head_launch import HeadParameters
 from mhc_megatron.kernels.triton.head_tiles import default_head_tiles
+from mhc_megatron.kernels.triton.passes import POST, POST_PRE, PRE
 from mhc_megatron.kernels.triton.plan import plan_of
 from mhc_megatron.kernels.triton.tiles import default_tiles
 
@@ -189,8 +190,10 @@ def training_step(
     parameters = Parameters(
         meta(num_logits, n * channels), meta(1), meta(1), alpha_res, meta(num_logits)
     )
+    post_operands = (streams, branch, None, packed)
     post_plan = plan_of(streams, branch)
-    launch.post(post_plan, streams, branch, None, packed)
+    POST.forward(post_plan, None, *post_operands)
+    POST.backward(post_plan, None, post_operands, (streams,), True, None)
     states, branches = [streams] * REBUILT, [branch] * REBUILT
     biases = [None, meta(channels, dtype=dtype), *[None] * (REBUILT - 2)]
     mixes, inputs = [packed] * (REBUILT + 1), [branch] * (REBUILT + 1)
@@ -198,46 +201,27 @@ def training_step(
     inverse_rms = [meta(tokens), *[None] * REBUILT]
     norms = {"norm_weights": weights, "inverse_rms": inverse_rms}
     launch.rebuild(streams, branches, biases, mixes, states, inputs, **norms, tile=tiles.rebuild)
-    read_by_nobody = (None, None, None, None)
-    backward_launch.streams_backward(
-        post_plan, None, None, streams, streams, branch, None, packed, *read_by_nobody
-    )
     of_norm = meta(channels, dtype=dtype)
+    # With gradients of all results and parameters, and, of ``pre``, without.
+    into = meta(num_logits, n * channels)
     for has_branch, single_pass, has_norm in map(OPERATIONS.__getitem__, operations):
         norm_weight = of_norm if has_norm else None
-        post = (branch, None, packed) if has_branch else (None, None, None)
-        plan = plan_of(
-            streams,
-            *post[:2],
-            norm_weight,
-            options=options,
-            single_pass=single_pass,
-        )
-        factors = launch.factor_weight(plan, None, parameters.weight)
-        new_streams, u, raw, new_packed, inverse_rms = launch.mix(
-            plan, None, streams, *post, factors, parameters, norm_weight
-        )
-        scratch, weight = backward_launch.scratch_of(plan), parameters.weight
-        mixed = (new_streams, u, new_packed, raw, new_packed, parameters, norm_weight, inverse_rms)
-        grad_u = backward_launch.mix_backward(plan, None, scratch, *mixed)
-        read = (grad_u, new_packed, factors)
-        if has_branch:
-            backward_launch.streams_backward(
-                plan, None, scratch, streams, streams, *post, new_streams, *read
+        kind = {"options": options, "single_pass": single_pass}
+        for main_grad in (None, into) if has_branch else (None,):
+            plan = plan_of(
+                streams,
+                *((branch, None) if has_branch else (None, None)),
+                norm_weight,
+                accumulates=main_grad is not None,
+                **kind,
             )
-            continue
-        for grad, wanted in ((streams, weight), (None, None)):
-            backward_launch.pre_backward(plan, None, scratch, grad, streams, *read, wanted, None)
-    into = meta(num_logits, n * channels)
-    sums = [(None, None), (into, None), *([(None, of_norm)] if "norm" in operations else [])]
-    for main_grad, norm_weight in sums:
-        accumulates = main_grad is not None
-        plan = plan_of(streams, branch, None, norm_weight, options=options, accumulates=accumulates)
-        scratch = backward_launch.scratch_of(plan)
-        grad = backward_launch.weight_backward(
-            plan, None, scratch, new_streams, parameters.weight, main_grad
-        )
-        backward_launch.parameter_backward(plan, None, scratch, grad, norm_weight)
+            operation = POST_PRE if has_branch else PRE
+            operands = (*post_operands, *parameters) if has_branch else (streams, *parameters)
+            results, kept = operation.forward(plan, None, *operands, norm_weight)
+            saved, given = (*operands, norm_weight, *kept), (*results[:3], None)
+            operation.backward(plan, None, saved, given, True, main_grad)
+            if not has_branch:
+                operation.backward(plan, None, saved, (*results[:2], None, None), False, None)
 
 
 def messages(n: int, channels: int, dtype: torch.dtype) -> None:

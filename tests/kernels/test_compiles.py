@@ -24,7 +24,7 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
     lines = compiled_kernels(tmp_path, "n=4", "C=1280")
     compiled = [line.partition(":")[0] for line in lines]
     # post, pre, post_pre and single_pass are variants of three of the kernels, and a norm of three.
-    variants = {"reduce_partials": 3, "mix_fwd": 4, "mix_bwd": 3, "streams_bwd": 3, "pre_bwd": 2}
+    variants = {"reduce_partials": 5, "mix_fwd": 4, "mix_bwd": 3, "streams_bwd": 3, "pre_bwd": 2}
     # With and without a divisor, with and without parameters that train.
     variants |= {"expand_fwd": 2, "contract_fwd": 2, "learned_streams_bwd": 2}
     names = ("split_weight", "mix_fwd", "post_fwd", "rebuild_fwd", "mix_bwd")
@@ -39,7 +39,7 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
 def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
     """Of a boundary: what ``post_pre`` launches, and ``post`` alone in the backward."""
     variants = {"split_wide": 1, "project_fwd": 1, "read_fwd": 1, "mix_bwd": 1}
-    variants |= {"wide_weight_bwd": 1, "reduce_partials": 2, "wide_streams_bwd": 2, "add_splits": 2}
+    variants |= {"wide_pre_bwd": 1, "reduce_partials": 2, "wide_streams_bwd": 2}
     selection = f"kernels={','.join(variants)}"
     lines = compiled_kernels(tmp_path, "n=8", "C=2560", "operations=post_pre", selection)
     compiled = [line.partition(":")[0] for line in lines]

@@ -23,7 +23,7 @@ def small_tiles(case: Case, span: int) -> Tiles:
     """Programs of few tokens, and of ``span`` channels where they share a token's."""
     tile = Tile(tokens=16, channels=16, num_stages=1, span=span)
     tiles = default_tiles(case.n, case.channels, case.dtype)
-    return replace(tiles, project=tile, streams_backward=tile, post_backward=tile)
+    return replace(tiles, project=tile)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,240 @@
+"""pre_backward.py for many streams: larger tiles, of which every product fills a tensor core.
+
+phi's rows are HEAD and up to TAIL more: 80 fill 64 and 16 of a tensor core's product, where all in
+one would be padded to 128. What is loaded of the logits' gradient for a tile of tokens is the left
+factor of the product with phi, and transposed the right one of that with the streams.
+"""
+
+import triton
+import triton.language as tl
+
+from mhc_megatron.kernels.triton.tile_math import (
+    as_bits,
+    channel_mask,
+    dot,
+    interleaved_place,
+    load_radial,
+    phi_pointers,
+    upper_bits,
+)
+
+
+@triton.jit
+def load_projected_rows(
+    projected_ptr,
+    start,
+    live,
+    T,
+    M: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    PARTS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The gradient of ``vec(x) phi``, [HEAD, BT] and [TAIL, BT] of every part."""
+    tokens = tl.arange(0, BT)[None, :]
+    groups = ()
+    for part in tl.static_range(PARTS):
+        first = projected_ptr + (part * M * T + start)
+        rows = tl.arange(0, HEAD)[:, None] * T.to(tl.int32)
+        groups = groups + (tl.load(first + rows + tokens, mask=live[None, :], other=0.0),)
+        if TAIL > 0:
+            rows = tl.arange(0, TAIL)[:, None] * T.to(tl.int32)
+            pointers = first + HEAD * T + rows + tokens
+            groups = groups + (tl.load(pointers, mask=live[None, :], other=0.0),)
+    return groups
+
+
+@triton.jit
+def load_phi_rows(
+    weight_ptr,
+    columns,
+    present,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Columns of phi, [HEAD, BC] and [TAIL, BC] of every part."""
+    mask = present[None, :]
+    groups = ()
+    for part in tl.static_range(PARTS):
+        rows = part * M + tl.arange(0, HEAD)[:, None]
+        pointers = phi_pointers(weight_ptr, rows, columns[None, :], M, K, TRANSPOSED)
+        groups = groups + (tl.load(pointers, mask=mask, other=0.0),)
+        if TAIL > 0:
+            rows = part * M + HEAD + tl.arange(0, TAIL)[:, None]
+            pointers = phi_pointers(weight_ptr, rows, columns[None, :], M, K, TRANSPOSED)
+            groups = groups + (tl.load(pointers, mask=mask, other=0.0),)
+    return groups
+
+
+@triton.jit
+def add_projected_product(
+    grad,
+    projected,
+    phi,
+    GROUPS: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``grad + grad_projected @ phi``, of TERMS products of the parts."""
+    for term in tl.static_range(TERMS):
+        for group in tl.static_range(GROUPS):
+            left = tl.trans(projected[term % 2 * GROUPS + group])
+            grad = dot(left, phi[term // 2 * GROUPS + group], grad, PRECISION)
+    return grad
+
+
+@triton.jit
+def load_read(
+    packed_ptr,
+    grad_u_ptr,
+    stream,
+    start,
+    c,
+    live,
+    mask,
+    T,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The mapping that reads the stream, [BT], and the gradient of u, [BT, BC]."""
+    tokens = tl.arange(0, BT)
+    read = tl.load(packed_ptr + (stream * T + start) + tokens, mask=live, other=0.0)
+    pointers = grad_u_ptr + (start * C + c) + tokens[:, None] * C + tl.arange(0, BC)[None, :]
+    return read, tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def wide_pre_bwd(
+    grad_y_ptr,
+    grad_u_ptr,
+    x_ptr,
+    packed_ptr,
+    projected_ptr,
+    radial_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    low_ptr,
+    weight_partial_ptr,
+    T,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_GRAD_Y: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    TRAINS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PASSES_FIRST: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """``pre_bwd``; ``weight`` is that of ``split_wide`` where INTERLEAVED.
+
+    With HAS_LOW the gradient is for ``wide_streams_bwd``: its upper bits are in ``grad_x``, and
+    eight more in ``low``, [T, K].
+
+    Only what a product takes is loaded ahead. All products with phi's gradient come first: those
+    that are waited for end before registers or later loads could touch their factors. With
+    PASSES_FIRST the gradient that passes through is in the sum before the products are, so that
+    fewer registers wait for them.
+    """
+    T = tl.cast(T, tl.int64)
+    K: tl.constexpr = N * C
+    GROUPS: tl.constexpr = 2 if TAIL > 0 else 1
+    # Neighbours share the gradient of u, and find it in L2.
+    stream = tl.program_id(0) % N
+    c = tl.program_id(0) // N * BC
+    split = tl.program_id(1).to(tl.int64)
+    first = split * SPLIT
+    last = tl.minimum(first + SPLIT, T)
+    channels = c + tl.arange(0, BC)
+    present = channels < C
+    columns = stream * C + channels
+    rows = tl.arange(0, BT)[:, None]
+    numbers = tl.arange(0, BC)[None, :]
+    tokens = tl.arange(0, BT)
+
+    phi_columns = interleaved_place(stream, channels, N) if INTERLEAVED else columns
+    phi = load_phi_rows(weight_ptr, phi_columns, present, M, K, HEAD, TAIL, PARTS, INTERLEAVED)
+    head_sums = tl.zeros([BC, HEAD], tl.float32)
+    if TAIL > 0:
+        tail_sums = tl.zeros([BC, TAIL], tl.float32)
+    for step in tl.range(0, tl.cast(last - first, tl.int32), BT):
+        start = first + step
+        live = tokens < tl.cast(last - start, tl.int32)
+        mask = channel_mask(live, c, C, BC)
+        at = start * K + stream * C + c
+        projected = load_projected_rows(projected_ptr, start, live, T, M, HEAD, TAIL, PARTS, BT)
+        x = tl.load(x_ptr + at + rows * K + numbers, mask=mask, other=0.0)
+        radial = load_radial(radial_ptr + start, tokens, live, T, SINGLE_PASS)
+        if TRAINS:
+            # grad_phi = grad_projected^T vec(x)
+            factor = tl.trans(x.to(projected_ptr.dtype.element_ty))
+            if TAIL > 0:
+                for part in tl.static_range(PARTS):
+                    right = tl.trans(projected[part * GROUPS + 1])
+                    tail_sums = dot(factor, right, tail_sums, PRECISION)
+            for part in tl.static_range(PARTS):
+                right = tl.trans(projected[part * GROUPS])
+                head_sums = dot(factor, right, head_sums, PRECISION)
+        if HAS_GRAD_Y:
+            grad_y = tl.load(grad_y_ptr + at + rows * K + numbers, mask=mask, other=0.0)
+        # three uses of x: raw's product with phi, its division by the RMS, and the read
+        grad = radial[:, None] * x.to(tl.float32)
+        if HAS_GRAD_Y and PASSES_FIRST:
+            grad += grad_y.to(tl.float32)
+        if not PASSES_FIRST:
+            read, grad_u = load_read(
+                packed_ptr, grad_u_ptr, stream, start, c, live, mask, T, C, BT, BC
+            )
+        grad = add_projected_product(grad, projected, phi, GROUPS, TERMS, PRECISION)
+        if PASSES_FIRST:
+            read, grad_u = load_read(
+                packed_ptr, grad_u_ptr, stream, start, c, live, mask, T, C, BT, BC
+            )
+        if HAS_GRAD_Y and not PASSES_FIRST:
+            grad += grad_y.to(tl.float32)
+        grad = tl.fma(read[:, None], grad_u.to(tl.float32), grad)
+        places = at + rows * K + numbers
+        if HAS_LOW:
+            high, low = upper_bits(grad)
+            tl.store(as_bits(grad_x_ptr) + places, high, mask=mask)
+            tl.store(low_ptr + places, low, mask=mask)
+        else:
+            tl.store(grad_x_ptr + places, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    if TRAINS:
+        if C % BC != 0:
+            # Those beyond the stream are another's.
+            columns = tl.where(present, columns, K)
+        store_weight_columns(weight_partial_ptr, split, head_sums, 0, columns, K, M, HEAD)
+        if TAIL > 0:
+            store_weight_columns(weight_partial_ptr, split, tail_sums, HEAD, columns, K, M, TAIL)
+
+
+@triton.jit
+def store_weight_columns(
+    partial_ptr,
+    split,
+    sums,
+    first_row: tl.constexpr,
+    columns,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """[BK, ROWS] into ``partial`` [splits, M, K]."""
+    rows = first_row + tl.arange(0, ROWS)[None, :]
+    pointers = partial_ptr + (split * M + rows) * K + columns[:, None]
+    tl.store(pointers, sums, mask=(rows < M) & (columns < K)[:, None])
