@@ -337,7 +337,6 @@ def wide_pre_bwd(
         TRAINS=trains,
         INTERLEAVED=interleaves(n, dtype),
         SPLIT=split,
-        PASSES_FIRST=tile.channels > 64,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.num_warps,

@@ -4,7 +4,6 @@ Triton binds and inspects every argument at every launch; at the 20 to 35 argume
 kernels the host then needs longer than the GPU.
 """
 
-import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,11 +24,6 @@ Handle = tuple[Any, Any, Any, Any]
 # Where Triton keeps the hooks of profilers; they moved in Triton 3.4.
 HOOKS: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
-# CUDA's cuFuncSetAttribute: the shared memory to set apart, in percent of what a multiprocessor of
-# Hopper has, and what a program has beside its own, both in bytes.
-_PREFERRED_CARVEOUT = 9
-_SHARED_MEMORY, _RESERVED = 228 * 1024, 1024
-
 
 class Launch:
     """A Triton kernel with its constants: ``launch(grid, tensors, numbers)``.
@@ -41,8 +35,6 @@ class Launch:
         kernel: its parameters are tensors (or None), then numbers, then ``constexpr`` ones.
         num_warps: of a program.
         num_stages: of its loops that name none; None for Triton's default.
-        caches: it reads numbers again that L1 may hold, and shares a multiprocessor with no more
-            programs than its registers allow.
         constants: the ``constexpr`` parameters, in the kernel's order.
     """
 
@@ -52,7 +44,6 @@ class Launch:
         *,
         num_warps: int,
         num_stages: int | None = None,
-        caches: bool = False,
         **constants: Any,
     ) -> None:
         names = kernel.arg_names[-len(constants) :]
@@ -63,7 +54,6 @@ class Launch:
         if num_stages is not None:
             self.options["num_stages"] = num_stages
         self.constants = constants
-        self._caches = caches
         self._interpreted = isinstance(kernel, InterpretedFunction)
         self.values = tuple(constants.values())
         self._handles: dict[Kind, Handle] = {}
@@ -89,8 +79,6 @@ class Launch:
                 return None
             # As CompiledKernel's own launch takes them, at every launch.
             known = handle, handle.run, handle.function, handle.packed_metadata
-            if self._caches:
-                leave_to_cache(handle.function, handle.metadata.shared)
             self._handles[kind] = known
             return known
         handle, run, function, metadata = known
@@ -191,19 +179,6 @@ class Prepared:
         ):
             self._handle, run, function, metadata = handle
             self._known = (run, *self._grid, function, metadata)
-
-
-def leave_to_cache(function: int, shared: int) -> None:
-    """L1 has all memory of a multiprocessor but the ``shared`` bytes of one program.
-
-    A preference: CUDA's driver rounds it up. Triton has the smallest L1 for every kernel with more
-    than 48 KiB of shared memory.
-    """
-    percent = -(-100 * (shared + _RESERVED) // _SHARED_MEMORY)
-    driver_api = ctypes.CDLL("libcuda.so.1")
-    code = driver_api.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, percent)
-    if code:
-        raise RuntimeError(f"cuFuncSetAttribute: CUDA error {code}")
 
 
 def current_stream(device: torch.device) -> int | None:

@@ -48,7 +48,7 @@ class Tiles:
             four streams ``wide_streams_bwd``, of ``post_pre`` too.
         pre_backward: ``pre_bwd``, the gradients of the streams and phi; tokens at least 16. Of more
             than four streams ``wide_pre_bwd``, of ``post_pre`` too.
-        pre_split: tokens per program of ``pre_bwd``, a multiple of its tile's; each split costs
+        pre_split: tokens per program of that, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
             None of more than four streams.
@@ -135,7 +135,7 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=32),
             post_backward=Tile(tokens=8, channels=64, num_stages=1),
-            pre_backward=Tile(tokens=64, channels=32, num_stages=2),
+            pre_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=2),
         )
     # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
     return Tiles(
@@ -145,5 +145,5 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),
         post_backward=Tile(tokens=8, channels=128, num_stages=1),
-        pre_backward=Tile(tokens=64, channels=128, num_stages=2),
+        pre_backward=Tile(tokens=64, channels=64, num_stages=3),
     )

@@ -83,17 +83,26 @@ def wide_streams_bwd(
         f_pointers = branch_ptr + branch_rows + (c + columns)[None, :]
         branch = tl.load(f_pointers, mask=mask, other=0.0)
         branch = with_bias(branch, branch_bias_ptr, c + columns, HAS_BIAS, C)
+        # All of the chunk is on its way before the first number is used.
+        xs = ()
+        highs = ()
+        lows = ()
+        for o in tl.static_range(N):
+            offsets = rows + (o * C + c + columns)[None, :]
+            xs = xs + (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
+            if HAS_LOW:
+                highs = highs + (tl.load(as_bits(grad_y_ptr) + offsets, mask=mask, other=0),)
+                lows = lows + (tl.load(low_ptr + offsets, mask=mask, other=0),)
+            else:
+                highs = highs + (tl.load(grad_y_ptr + offsets, mask=mask, other=0.0),)
         grad_branch = tl.zeros([BT, BC], tl.float32)
         grads = ()
         next_post_sums = ()
         for o in tl.static_range(N):
-            offsets = rows + (o * C + c + columns)[None, :]
             if HAS_LOW:
-                high = tl.load(as_bits(grad_y_ptr) + offsets, mask=mask, other=0)
-                low = tl.load(low_ptr + offsets, mask=mask, other=0)
-                grad = from_upper_bits(high, low)
+                grad = from_upper_bits(highs[o], lows[o])
             else:
-                grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                grad = highs[o].to(tl.float32)
             # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
             post = gathered(scratch_ptr, N + o, BT)
             post_sum = post_sums[o] + lane_sums(grad * branch, BT, BC, VECTOR)
@@ -116,7 +125,7 @@ def wide_streams_bwd(
         next_res_sums = ()
         for i in tl.static_range(N):
             offsets = rows + (i * C + c + columns)[None, :]
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = xs[i].to(tl.float32)
             grad_x = tl.zeros([BT, BC], tl.float32)
             for o in tl.static_range(N):
                 res = gathered(scratch_ptr, (2 + o) * N + i, BT)

@@ -36,10 +36,10 @@ def load_projected_rows(
     groups = ()
     for part in tl.static_range(PARTS):
         first = projected_ptr + (part * M * T + start)
-        rows = tl.arange(0, HEAD)[:, None] * T.to(tl.int32)
+        rows = tl.arange(0, HEAD)[:, None] * T
         groups = groups + (tl.load(first + rows + tokens, mask=live[None, :], other=0.0),)
         if TAIL > 0:
-            rows = tl.arange(0, TAIL)[:, None] * T.to(tl.int32)
+            rows = tl.arange(0, TAIL)[:, None] * T
             pointers = first + HEAD * T + rows + tokens
             groups = groups + (tl.load(pointers, mask=live[None, :], other=0.0),)
     return groups
@@ -89,27 +89,6 @@ def add_projected_product(
 
 
 @triton.jit
-def load_read(
-    packed_ptr,
-    grad_u_ptr,
-    stream,
-    start,
-    c,
-    live,
-    mask,
-    T,
-    C: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The mapping that reads the stream, [BT], and the gradient of u, [BT, BC]."""
-    tokens = tl.arange(0, BT)
-    read = tl.load(packed_ptr + (stream * T + start) + tokens, mask=live, other=0.0)
-    pointers = grad_u_ptr + (start * C + c) + tokens[:, None] * C + tl.arange(0, BC)[None, :]
-    return read, tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
 def wide_pre_bwd(
     grad_y_ptr,
     grad_u_ptr,
@@ -136,7 +115,6 @@ def wide_pre_bwd(
     TRAINS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SPLIT: tl.constexpr,
-    PASSES_FIRST: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -145,10 +123,9 @@ def wide_pre_bwd(
     With HAS_LOW the gradient is for ``wide_streams_bwd``: its upper bits are in ``grad_x``, and
     eight more in ``low``, [T, K].
 
-    Only what a product takes is loaded ahead. All products with phi's gradient come first: those
-    that are waited for end before registers or later loads could touch their factors. With
-    PASSES_FIRST the gradient that passes through is in the sum before the products are, so that
-    fewer registers wait for them.
+    Only what a product takes is loaded ahead. Products for phi's gradient come before those with
+    phi, which are waited for, so that both have ended before the next tiles are loaded; see
+    ``through_registers``.
     """
     T = tl.cast(T, tl.int64)
     K: tl.constexpr = N * C
@@ -191,20 +168,13 @@ def wide_pre_bwd(
                 head_sums = dot(factor, right, head_sums, PRECISION)
         if HAS_GRAD_Y:
             grad_y = tl.load(grad_y_ptr + at + rows * K + numbers, mask=mask, other=0.0)
+        read = tl.load(packed_ptr + (stream * T + start) + tokens, mask=live, other=0.0)
+        u_pointers = grad_u_ptr + (start * C + c) + rows * C + numbers
+        grad_u = tl.load(u_pointers, mask=mask, other=0.0)
         # three uses of x: raw's product with phi, its division by the RMS, and the read
         grad = radial[:, None] * x.to(tl.float32)
-        if HAS_GRAD_Y and PASSES_FIRST:
-            grad += grad_y.to(tl.float32)
-        if not PASSES_FIRST:
-            read, grad_u = load_read(
-                packed_ptr, grad_u_ptr, stream, start, c, live, mask, T, C, BT, BC
-            )
         grad = add_projected_product(grad, projected, phi, GROUPS, TERMS, PRECISION)
-        if PASSES_FIRST:
-            read, grad_u = load_read(
-                packed_ptr, grad_u_ptr, stream, start, c, live, mask, T, C, BT, BC
-            )
-        if HAS_GRAD_Y and not PASSES_FIRST:
+        if HAS_GRAD_Y:
             grad += grad_y.to(tl.float32)
         grad = tl.fma(read[:, None], grad_u.to(tl.float32), grad)
         places = at + rows * K + numbers

@@ -207,7 +207,7 @@ def training_step(
     for has_branch, single_pass, has_norm in map(OPERATIONS.__getitem__, operations):
         norm_weight = of_norm if has_norm else None
         kind = {"options": options, "single_pass": single_pass}
-        for main_grad in (None, into) if has_branch else (None,):
+        for main_grad in (None, into) if has_branch and not (single_pass or has_norm) else (None,):
             plan = plan_of(
                 streams,
                 *((branch, None) if has_branch else (None, None)),

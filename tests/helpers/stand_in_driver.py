@@ -163,7 +163,6 @@ def stand_in_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
     monkeypatch.setattr(compiled, "driver", Mock(active=Mock(get_current_stream=lambda _: 7)))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(compiled, "leave_to_cache", lambda *_: None)
     monkeypatch.setattr(extension, "parameters_of", driver.parameters_of)
 
     def by_triton(launch: Launch, grid: Any, tensors: Any, numbers: Any) -> Handle:

@@ -101,7 +101,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(
         Launch, "_launch_by_triton", lambda launch, *_: Handle(launch.kernel.fn.__name__, names)
     )
-    monkeypatch.setattr(compiled, "leave_to_cache", lambda *_: None)
     # Python's launches are counted, not the extension's.
     monkeypatch.setattr(Programs, "of", lambda *_: None)
     for known in ("_pre_plans", "_post_plans", "_boundary_plans"):

@@ -222,19 +222,3 @@ def test_equal_numbers_of_another_type_are_another_kind() -> None:
 def test_constants_in_another_order_are_refused() -> None:
     with pytest.raises(TypeError, match=r"kernel: constants \['BT', 'N'\], not \['N', 'BT'\]"):
         Launch(Kernel(), num_warps=4, BT=16, N=4)
-
-
-@pytest.mark.parametrize("shared, percent", [(0, 1), (96 * 1024, 43), (227 * 1024, 100)])
-def test_l1_is_left_all_but_the_memory_of_one_program(
-    shared: int, percent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 228 KiB, one of which is the driver's; in percent, rounded up."""
-    driver_api = Mock()
-    driver_api.cuFuncSetAttribute.return_value = 0
-    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda _: driver_api)
-    compiled.leave_to_cache(5, shared)
-    ((function, attribute, value), _) = driver_api.cuFuncSetAttribute.call_args
-    assert (function.value, attribute, value) == (5, 9, percent)
-    driver_api.cuFuncSetAttribute.return_value = 1
-    with pytest.raises(RuntimeError, match="cuFuncSetAttribute: CUDA error 1"):
-        compiled.leave_to_cache(5, shared)

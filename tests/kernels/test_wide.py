@@ -49,12 +49,35 @@ def test_programs_that_share_a_tokens_channels(
     compare(case, leaves, tiles=small_tiles(case, 32))
 
 
+@pytest.mark.parametrize("operation", ["pre", "post_pre", "single_pass"])
+def test_programs_that_share_phis_gradient(operation: str, device: torch.device) -> None:
+    """64 tokens and 2, and 8 channels in the last of a stream."""
+    case = Case(operation=operation, n=8, tokens=66, channels=72, dtype=torch.bfloat16)
+    tile = Tile(tokens=64, channels=64, num_stages=2)
+    tiles = default_tiles(case.n, case.channels, case.dtype)
+    tiles = replace(tiles, pre_backward=tile, pre_split=64)
+    compare(case, operands(case, device), tiles=tiles)
+
+
 def test_no_more_programs_walk_through_iterations_than_read_streams(device: torch.device) -> None:
     """Sums of both have as many columns as there are programs of the latter."""
     case = Case(n=8, tokens=130, channels=24, dtype=torch.bfloat16)
     many = Tile(tokens=64, channels=16, num_stages=1)
     tiles = replace(default_tiles(case.n, case.channels, case.dtype), mix_backward=many)
     compare(case, operands(case, device), tiles=tiles)
+
+
+def test_the_upper_bits_of_what_is_not_finite(device: torch.device) -> None:
+    """What overflowed shows in all gradients that it is in, as if all bits were kept."""
+    case = Case(n=8, tokens=3, channels=24, dtype=torch.bfloat16)
+    leaves = operands(case, device)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        gradients = random_gradients(run_reference(case, leaves))
+        gradients["streams"][1, 2, 5] = bad
+        found = with_gradients(lambda x: run_kernels(case, x), leaves, gradients)
+        for name in ("d_streams", "d_branch", "d_mix_post", "d_mix_res"):
+            finite = found[name].isfinite().flatten(1).all(1)
+            assert finite.tolist() == [True, False, True], name
 
 
 @pytest.mark.parametrize("n", [4, 8], ids="n{}".format)
