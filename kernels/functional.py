@@ -2,7 +2,7 @@
 
 ``pre`` before a branch, ``post`` after it; ``post_pre`` is the two around the boundary between
 sublayers, in one pass over the streams. compositions.py defines them. Every function takes
-``backend``: "triton", "reference", or "auto", whose pick ``choose_backend`` explains.
+``backend``: "triton", "native", "reference", or "auto", whose pick ``choose_backend`` explains.
 """
 
 from functools import cache
@@ -60,7 +60,8 @@ def pre(
             ``weight``, as Megatron's ``gradient_accumulation_fusion`` does. The sum is the same.
         num_streams: n of streams that are given as [..., n*C], in the same memory; None for
             [..., n, C].
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "native" (the same kernels, launched by the extension, which
+            raises where it is not built) or "reference".
         tiles: of the kernels; None for the table of kernels/triton/tiles.py.
 
     Returns:
