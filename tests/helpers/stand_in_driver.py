@@ -21,7 +21,12 @@ from mhc_megatron.kernels.native.extension import extension as built
 from mhc_megatron.kernels.triton import bound, compiled, plan
 from mhc_megatron.kernels.triton.compiled import Launch
 
-_KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_KINDS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
 _READ = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,

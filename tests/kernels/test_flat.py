@@ -95,7 +95,7 @@ def test_only_one_node_is_between_flat_streams(device: torch.device) -> None:
     positional, keywords = arguments(Case(), {**leaves, "streams": streams})
     out, *_ = functional.post_pre(*positional, **keywords, num_streams=N, backend="triton")
     assert out.grad_fn is not None
-    assert out.grad_fn.name() == "PostPreBackward"
+    assert out.grad_fn.name() == "FusedBackward"
     into = [type(node).__name__ for node, _ in out.grad_fn.next_functions if node is not None]
     assert "AccumulateGrad" in into
 
