@@ -20,7 +20,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 OTHER_CORE := .cache/other-core
 # Where there is a C++ compiler, the extension that launches kernels is built as well.
-NATIVE := $(if $(shell command -v c++ || command -v g++),1,0)
+NATIVE := $(shell command -v c++ || command -v g++)
 # The folders that setup.py installs inside mhc_megatron.
 MAPPED := kernels pipeline launch
 # The tests whose outcome may depend on the version of megatron-core.
@@ -87,8 +87,10 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt kernels/native/replay.cpp
 	@$(PYTHON) -m venv .venv
 	$(say) 'Installing the versions of constraints.txt into it (minutes, the first time)'
 	@$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	@MHC_MEGATRON_NATIVE=$(NATIVE) $(BIN)/python -m pip install -q -c constraints.txt \
-	    --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(say) 'Compiling the launch extension for them$(if $(NATIVE),, is left out: no C++ compiler)'
+	@test -z '$(NATIVE)' || MHC_MEGATRON_NATIVE=1 $(BIN)/python -m pip install -q \
+	    --no-build-isolation --no-deps -e .
 	@touch $@
 
 # The tests run on two releases of megatron-core. The one that is not installed is unpacked beside

@@ -18,9 +18,19 @@ for folder in MAPPED:
 
 extensions = {}
 if os.environ.get("MHC_MEGATRON_NATIVE") == "1":
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            "MHC_MEGATRON_NATIVE=1 compiles for the torch that is installed, and none is found: "
+            "install torch first, and give pip --no-build-isolation"
+        ) from error
 
-    replay = CppExtension("mhc_megatron.kernels.native._replay", ["kernels/native/replay.cpp"])
+    replay = CppExtension(
+        "mhc_megatron.kernels.native._replay",
+        ["kernels/native/replay.cpp"],
+        extra_compile_args=["-g0"],
+    )
     extensions = {"ext_modules": [replay], "cmdclass": {"build_ext": BuildExtension}}
 
 setup(packages=packages, package_dir=package_dir, **extensions)

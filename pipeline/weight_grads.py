@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+# How torch names the nodes of C++'s torch::autograd::Function.
+_OF_EXTENSION = "torch::autograd::CppNode<"
+
 
 class WeightGrads:
     """Backward of one graph: ``backward`` first (I), ``finish`` any time later (W).
 
     Computed in I are the gradients of parameters that several nodes of the spine use; those of a
-    ``torch.autograd.Function`` that takes the parameter itself, since its backward computes all
-    of its gradients together (a class attribute ``separable = True`` says that it does not); and
+    ``torch.autograd.Function``, or of C++'s, that takes the parameter itself, since its backward
+    computes all of its gradients together (a class attribute ``separable = True`` says that it
+    does not); and
     without an input the parameters furthest from the loss, such as an embedding.
 
     Args:
@@ -149,7 +153,10 @@ def _function_of(node: Node) -> type | None:
 
 def _separable(node: Node) -> bool:
     function = _function_of(node)
-    return function is None or getattr(function, "separable", False)
+    if function is None:
+        # An extension's own function, in C++, is like one of Python's.
+        return not node.name().startswith(_OF_EXTENSION)
+    return getattr(function, "separable", False)
 
 
 def _reentrant(order: list[Any]) -> str | None:

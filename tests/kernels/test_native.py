@@ -16,6 +16,7 @@ from mhc_megatron.kernels.native.extension import BUILD, extension
 from mhc_megatron.kernels.native.extension import obstacle as extension_obstacle
 from mhc_megatron.kernels.triton import compiled
 from mhc_megatron.kernels.triton.tape import NotTaken, Tape
+from mhc_megatron.pipeline.weight_grads import WeightGrads
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None,
@@ -343,6 +344,30 @@ def test_kernels_with_other_parameters_than_they_name_are_not_replayed(driver: D
     driver.by_python.clear()
     repeated.gradients(repeated.forward())
     assert driver.by_python == FORWARD + BACKWARD and driver.by_extension == []
+
+
+def test_halves_of_a_backward_run_it_once(driver: Driver) -> None:
+    """As the nodes of Python's functions: all of its gradients are computed together."""
+    repeated = Repeated(BOUNDARY)
+    repeated.learn()
+    streams, *parameters = repeated.leaves.values()
+
+    def output() -> Tensor:
+        u = repeated.forward()[1]
+        # A parameter of torch's own node, which does wait.
+        return u.float() * gain
+
+    gain = torch.randn(BOUNDARY.channels).requires_grad_()
+    grads = torch.randn(BOUNDARY.tokens, BOUNDARY.channels)
+    expected = torch.autograd.grad(output(), [streams, *parameters, gain], grads)
+    out = output()
+    halves = WeightGrads(torch.autograd.graph.get_gradient_edge(out), streams)
+    driver.by_extension.clear()
+    halves.backward(grads)
+    assert gain.grad is None
+    halves.finish()
+    assert sorted(driver.by_extension) == sorted(BACKWARD)
+    same([leaf.grad for leaf in (streams, *parameters, gain)], list(expected))
 
 
 def test_a_tape_refuses_work_that_is_no_launch() -> None:
