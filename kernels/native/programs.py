@@ -63,7 +63,7 @@ class Programs:
         operation, plan = self._operation, self._plan
 
         def forward(tape: Tape) -> Sequence[Tensor | None]:
-            results, kept = operation.forward(plan, tape, *operands)
+            results, kept = operation.forward(plan, tape, *tape.inputs)
             return *results, *kept
 
         tape = _taken(operands, forward)
@@ -79,10 +79,13 @@ class Programs:
             saved: list[Tensor | None],
             grads: list[Tensor | None],
         ) -> Tensors:
-            def backward(stream: int | Tape | None) -> Tensors:
-                return operation.backward(plan, stream, saved, grads, trains, main_grad)
+            gradients = operation.backward(plan, plan.stream(), saved, grads, trains, main_grad)
 
-            gradients = backward(plan.stream())
+            def backward(tape: Tape) -> Tensors:
+                *given, main_grad = tape.inputs
+                split = given[: len(saved)], given[len(saved) :]
+                return operation.backward(plan, tape, *split, trains, main_grad)
+
             taken = _taken((*saved, *grads, main_grad), backward)
             if taken is not None:
                 program.add_backward(key, taken)

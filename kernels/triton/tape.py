@@ -2,7 +2,8 @@
 
 A tape is given to the launches of a pass in the place of a stream. What they are given are its
 inputs, memory that the pass allocates, and constants of the plan: each becomes a slot or a number,
-so that the pass can be done again with other tensors of the same kinds.
+so that the pass can be done again with other tensors of the same kinds. Inputs and allocations are
+stand-ins without memory: there may be none left.
 """
 
 import struct
@@ -45,13 +46,20 @@ class Step(NamedTuple):
 
 
 class Tape:
-    """``inputs`` [None for what is not given] are its first slots; allocations are the next."""
+    """What is done within a ``with`` of it.
+
+    Attributes:
+        inputs: stand-ins for those that it is made of, or None: its first slots; allocations are
+            the next.
+    """
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
-        self.inputs = list(inputs)
+        self.inputs = [None if given is None else _stand_in(given) for given in inputs]
         self.steps: list[Step] = []
-        self._slots = {id(tensor): slot for slot, tensor in enumerate(inputs) if tensor is not None}
-        # By the address of their memory: they come back as other objects, and as views.
+        self._slots = {
+            id(tensor): slot for slot, tensor in enumerate(self.inputs) if tensor is not None
+        }
+        # By their storage: they come back as other objects, and as views.
         self._allocated: dict[int, tuple[int, Tensor]] = {}
 
     def __enter__(self) -> "Tape":
@@ -65,7 +73,7 @@ class Tape:
     def allocated(self, tensor: Tensor) -> None:
         """A slot of its own."""
         slot = len(self.inputs) + len(self._allocated)
-        self._allocated[tensor.untyped_storage().data_ptr()] = slot, tensor
+        self._allocated[_storage(tensor)] = slot, tensor
 
     def take(
         self,
@@ -80,7 +88,8 @@ class Tape:
         some of ``tensors``.
 
         Raises:
-            NotTaken: it was not compiled yet, or is launched in a way that is not replayed.
+            NotTaken: it was not compiled yet, is launched in a way that is not replayed, or with
+                memory from elsewhere.
         """
         if handle is None:
             raise NotTaken(f"{name} has not been launched yet")
@@ -120,7 +129,7 @@ class Tape:
             return -1, [], [], 0
         if id(tensor) in self._slots:
             return self._slots[id(tensor)], [], [], 0
-        found = self._allocated.get(tensor.untyped_storage().data_ptr())
+        found = self._allocated.get(_storage(tensor))
         if found is None or found[1].dtype != tensor.dtype:
             raise NotTaken("a result is neither an input nor allocated")
         slot, whole = found
@@ -132,16 +141,26 @@ class Tape:
         """Its slot and bytes behind the slot's address, or -1 and its own address."""
         if id(tensor) in self._slots:
             return self._slots[id(tensor)], 0
-        found = self._allocated.get(tensor.untyped_storage().data_ptr())
+        found = self._allocated.get(_storage(tensor))
         if found is not None:
-            slot, whole = found
-            return slot, tensor.data_ptr() - whole.data_ptr()
-        # What is neither given nor allocated is the plan's, which keeps it.
+            return found[0], int(tensor.storage_offset()) * tensor.itemsize
+        if tensor.is_meta:
+            raise NotTaken("an operand is neither an input nor allocated")
+        # It is the plan's, which keeps it.
         return -1, tensor.data_ptr()
 
 
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Contiguous, as what kernels are given."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 class _Allocations(TorchDispatchMode):
-    """Tells a tape what is allocated, and refuses all other work."""
+    """Tells a tape what is allocated, without memory, and refuses all other work."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -153,6 +172,8 @@ class _Allocations(TorchDispatchMode):
         name = str(func)
         if name not in _ALLOCATES + _VIEWS:
             raise NotTaken(f"{name} is no launch of a plan")
+        if name in _ALLOCATES:
+            kwargs = {**(kwargs or {}), "device": torch.device("meta")}
         result = func(*args, **(kwargs or {}))
         if name in _ALLOCATES:
             self._tape.allocated(result)

@@ -377,7 +377,8 @@ def test_a_tape_refuses_work_that_is_no_launch() -> None:
     with Tape([tensor]) as tape:
         made = torch.empty(3, 5)
     assert tape.allocations == [([3, 5], torch.float32)]
-    assert tape.place_of(tensor) == (0, [], [], 0)
+    assert made.is_meta and tape.inputs[0].is_meta
+    assert tape.place_of(tape.inputs[0]) == (0, [], [], 0)
     assert tape.place_of(made) == (1, [], [], 0)
     assert tape.place_of(made[1:]) == (1, [2, 5], [5, 1], 5)
     with pytest.raises(NotTaken, match="neither"):
