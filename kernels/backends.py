@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mhc_megatron.kernels.native.extension import obstacle as extension_obstacle
+from mhc_megatron.kernels.native.extension import missing
 from mhc_megatron.kernels.options import MappingOptions
 
 Backend = Literal["auto", "triton", "native", "reference"]
@@ -21,7 +21,7 @@ KERNEL_CHANNEL_MULTIPLE = 8
 
 # Found once: torch.compile cannot trace the search.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-NO_EXTENSION = extension_obstacle()
+NO_EXTENSION = missing()
 
 
 class BackendChoice(NamedTuple):

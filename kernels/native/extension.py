@@ -8,7 +8,7 @@ import torch
 
 BUILD = "MHC_MEGATRON_NATIVE=1 pip install --no-build-isolation --no-deps --force-reinstall ."
 # Of what replay.cpp takes; the same number stands there.
-_VERSION = 1
+_VERSION = 2
 
 
 @cache
@@ -25,6 +25,8 @@ def extension() -> tuple[ModuleType | None, str]:
         return None, f"is built for torch {module.torch_version}, not {release}"
     if module.version != _VERSION:
         return None, "is built from other sources than these"
+    if obstacle := module.obstacle():
+        return None, obstacle
     return module, f"built for torch {release}"
 
 
@@ -34,7 +36,7 @@ def availability() -> tuple[bool, str]:
     return module is not None, reason
 
 
-def obstacle() -> str | None:
+def missing() -> str | None:
     """Why it does not launch the kernels, and the remedy; None where it does."""
     available, reason = availability()
     return None if available else f"the extension that would do it, {reason}; {BUILD}"

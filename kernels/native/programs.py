@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhc_megatron.kernels.native.extension import extension
+from mhc_megatron.kernels.triton.buffers import Call
 from mhc_megatron.kernels.triton.passes import Operation, Tensors
-from mhc_megatron.kernels.triton.plan import Plan
-from mhc_megatron.kernels.triton.tape import NotTaken, Tape
+from mhc_megatron.kernels.triton.plan import UNDECIDED, Plan, planned
+from mhc_megatron.kernels.triton.tape import NotTaken, NotYetTaken, Tape
 
 _LOGGER = logging.getLogger(__name__)
 # Parameters behind those that a kernel names: two pointers to scratch memory, one in Triton 3.3.
@@ -55,9 +57,17 @@ class Programs:
         assert streams is not None
         if self._plan.stream() is None or streams.shape in self._programs:
             return
-        program = self._program(operands)
-        if program is not None:
-            self._programs[streams.shape] = program
+        try:
+            self._programs[streams.shape] = self._program(operands)
+        except NotYetTaken:
+            return
+        except NotTaken as reason:
+            _say_once(str(reason))
+            self._programs[streams.shape] = None
+
+    def program_of(self, shape: torch.Size) -> Any:
+        """What calls of streams of this shape are replayed by, or None."""
+        return self._find(shape)
 
     def _program(self, operands: Tensors) -> Any:
         operation, plan = self._operation, self._plan
@@ -66,37 +76,14 @@ class Programs:
             results, kept = operation.forward(plan, tape, *tape.inputs)
             return *results, *kept
 
-        tape = _taken(operands, forward)
-        if tape is None:
-            return None
-        module = extension()[0]
-        assert module is not None
-
-        def fallback(
-            key: int,
-            trains: bool,
-            main_grad: Tensor | None,
-            saved: list[Tensor | None],
-            grads: list[Tensor | None],
-        ) -> Tensors:
-            gradients = operation.backward(plan, plan.stream(), saved, grads, trains, main_grad)
-
-            def backward(tape: Tape) -> Tensors:
-                *given, main_grad = tape.inputs
-                split = given[: len(saved)], given[len(saved) :]
-                return operation.backward(plan, tape, *split, trains, main_grad)
-
-            taken = _taken((*saved, *grads, main_grad), backward)
-            if taken is not None:
-                program.add_backward(key, taken)
-            return gradients
-
         def place(index: int | None) -> int:
             return -1 if index is None else index
 
-        program = module.Program(
+        streams = operands[0]
+        assert streams is not None
+        return _module().Program(
             operation.name,
-            tape,
+            _taken(operands, forward),
             [operand is not None for operand in operands],
             list(operation.parameters),
             operation.num_results,
@@ -104,25 +91,69 @@ class Programs:
             place(operation.unused),
             place(operation.branch),
             place(operation.bias),
-            fallback,
+            _Backward(operation, plan.call, streams.shape),
         )
-        return program
+
+
+class _Backward:
+    """The gradients that a program has no tape of, made by Python, and the tape, if there can be.
+
+    It has the plan's call and not the plan, which has the program, which has this: Python does not
+    see that circle.
+    """
+
+    def __init__(self, operation: Operation, call: Call, shape: torch.Size) -> None:
+        self._operation = operation
+        self._call = call
+        self._shape = shape
+        self._refused: set[int] = set()
+
+    def __call__(
+        self,
+        key: int,
+        trains: bool,
+        main_grad: Tensor | None,
+        saved: list[Tensor | None],
+        grads: list[Tensor | None],
+    ) -> Tensors:
+        plan, work = planned(self._call), self._operation.backward
+        gradients = work(plan, plan.stream(), saved, grads, trains, main_grad)
+        program = plan.programs.program_of(self._shape) if plan.programs is not UNDECIDED else None
+        if program is None or key in self._refused:
+            return gradients
+
+        def backward(tape: Tape) -> Tensors:
+            *given, into = tape.inputs
+            return work(plan, tape, given[: len(saved)], given[len(saved) :], trains, into)
+
+        try:
+            program.add_backward(key, _taken((*saved, *grads, main_grad), backward))
+        except NotYetTaken:
+            pass
+        except NotTaken as reason:
+            _say_once(str(reason))
+            self._refused.add(key)
+        return gradients
+
+
+def _module() -> ModuleType:
+    module, reason = extension()
+    assert module is not None, reason
+    return module
 
 
 def _taken(inputs: Tensors, work: Callable[[Tape], Sequence[Tensor | None]]) -> Any:
-    """The extension's tape of ``work``; None, and said once, where there can be none yet."""
-    module = extension()[0]
-    assert module is not None
+    """The extension's tape of ``work``.
+
+    Raises:
+        NotTaken: there can be none.
+    """
     tape = Tape(inputs)
-    try:
-        with torch.no_grad(), tape:
-            results = work(tape)
-        places = [tape.place_of(result) for result in results]
-        steps = [(*step[:5], _with_scratch(step.function, step.arguments)) for step in tape.steps]
-    except NotTaken as reason:
-        _say_once(str(reason))
-        return None
-    return module.Tape(len(tape.inputs), tape.allocations, steps, places)
+    with torch.no_grad(), tape:
+        results = work(tape)
+    places = [tape.place_of(result) for result in results]
+    steps = [(*step[:5], _with_scratch(step.function, step.arguments)) for step in tape.steps]
+    return _module().Tape(len(tape.inputs), tape.allocations, steps, places)
 
 
 def _with_scratch(function: int, arguments: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -131,9 +162,7 @@ def _with_scratch(function: int, arguments: list[tuple[int, int]]) -> list[tuple
     Raises:
         NotTaken: what CUDA says of the kernel's parameters is something else.
     """
-    module = extension()[0]
-    assert module is not None
-    sizes = module.parameters_of(function)
+    sizes = _module().parameters_of(function)
     missing = len(sizes) - len(arguments)
     if not 0 <= missing <= _MOST_SCRATCH:
         raise NotTaken(f"a kernel has {len(sizes)} parameters for {len(arguments)} arguments")
@@ -142,4 +171,4 @@ def _with_scratch(function: int, arguments: list[tuple[int, int]]) -> list[tuple
 
 @cache
 def _say_once(reason: str) -> None:
-    _LOGGER.debug("a pass is not replayed: %s", reason)
+    _LOGGER.warning("hyper-connections are launched by Python, not by the extension: %s", reason)

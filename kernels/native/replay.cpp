@@ -21,7 +21,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Of what Python passes here; the same number stands in extension.py.
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr uint64_t kAlignment = 16;
 constexpr size_t kMostArguments = 64;
 
@@ -55,7 +55,6 @@ struct Driver {
     find(library, "cuDeviceGet", device_of);
     find(library, "cuDevicePrimaryCtxRetain", retain_primary);
     find(library, "cuCtxSetCurrent", make_current);
-    // Since CUDA 12.4; older drivers are refused by ``parameters_of``.
     parameter_info = reinterpret_cast<decltype(parameter_info)>(
         dlsym(library, "cuFuncGetParamInfo"));
   }
@@ -86,9 +85,15 @@ void ensure_context(const c10::Device& device) {
   check(driver().make_current(context), "cuCtxSetCurrent");
 }
 
+// Why there is no launching by the driver that is there; empty without one, and without obstacle.
+std::string obstacle() {
+  const bool old = driver().launch && !driver().parameter_info;
+  return old ? "needs cuFuncGetParamInfo, which CUDA's driver has since 12.4" : "";
+}
+
 // Sizes in bytes of a kernel's parameters.
 std::vector<size_t> parameters_of(uint64_t function) {
-  TORCH_CHECK(driver().parameter_info, "CUDA's driver has no cuFuncGetParamInfo (12.4)");
+  TORCH_CHECK(driver().parameter_info, "no driver of CUDA 12.4 or later");
   std::vector<size_t> sizes;
   size_t offset = 0, size = 0;
   while (driver().parameter_info(
@@ -493,6 +498,7 @@ py::object call(
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("torch_version") = TORCH_VERSION;
   module.attr("version") = kVersion;
+  module.def("obstacle", &obstacle);
   module.def("parameters_of", &parameters_of);
   module.def("launch_by", &launch_by);
   py::class_<Tape, c10::intrusive_ptr<Tape>>(module, "Tape")

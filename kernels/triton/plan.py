@@ -44,7 +44,7 @@ def plan_of(
     branch_dtype, bias_dtype, norm_dtype = (
         None if tensor is None else tensor.dtype for tensor in (branch, branch_bias, norm_weight)
     )
-    return _plan(
+    return planned(
         Call(
             num_tokens=streams.numel() // (n * channels),
             num_streams=n,
@@ -64,7 +64,8 @@ def plan_of(
 
 # As many as there may be numbers of tokens: each is a plan of its own.
 @lru_cache(maxsize=1024)
-def _plan(call: Call) -> "Plan":
+def planned(call: Call) -> "Plan":
+    """The plan of a call."""
     return Plan(call)
 
 

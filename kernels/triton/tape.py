@@ -27,6 +27,10 @@ class NotTaken(Exception):
     """A pass that cannot be taken down, and why."""
 
 
+class NotYetTaken(NotTaken):
+    """One of whose kernels has not been launched."""
+
+
 class Step(NamedTuple):
     """A launch.
 
@@ -88,11 +92,11 @@ class Tape:
         some of ``tensors``.
 
         Raises:
-            NotTaken: it was not compiled yet, is launched in a way that is not replayed, or with
-                memory from elsewhere.
+            NotYetTaken: it is not compiled yet.
+            NotTaken: it is launched in a way that is not replayed, or with memory from elsewhere.
         """
         if handle is None:
-            raise NotTaken(f"{name} has not been launched yet")
+            raise NotYetTaken(name)
         kinds = list(handle.src.signature.values())
         arguments = []
         for index, tensor in enumerate(tensors):

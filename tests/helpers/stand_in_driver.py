@@ -151,7 +151,7 @@ def _at(parameters: Any, index: int, kind: Any) -> Any:
 
 def forget() -> None:
     """All plans and launches."""
-    plan._plan.cache_clear()
+    plan.planned.cache_clear()
     for kernel in vars(bound).values():
         if hasattr(kernel, "cache_clear"):
             kernel.cache_clear()

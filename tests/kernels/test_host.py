@@ -83,7 +83,7 @@ class Handle:
 
 
 def forget() -> None:
-    plan._plan.cache_clear()
+    plan.planned.cache_clear()
     for kernel in vars(bound).values():
         if hasattr(kernel, "cache_clear"):
             kernel.cache_clear()

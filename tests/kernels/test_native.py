@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mhc_megatron.kernels import PackedMappings, backends, functional, native
 from mhc_megatron.kernels.native import programs
-from mhc_megatron.kernels.native.extension import BUILD, extension
-from mhc_megatron.kernels.native.extension import obstacle as extension_obstacle
+from mhc_megatron.kernels.native.extension import BUILD, extension, missing
 from mhc_megatron.kernels.triton import compiled
+from mhc_megatron.kernels.triton.plan import planned
 from mhc_megatron.kernels.triton.tape import NotTaken, Tape
 from mhc_megatron.pipeline.weight_grads import WeightGrads
 
@@ -337,13 +337,54 @@ def test_a_failed_launch_is_named(driver: Driver) -> None:
         repeated.forward()
 
 
-def test_kernels_with_other_parameters_than_they_name_are_not_replayed(driver: Driver) -> None:
+def test_kernels_with_other_parameters_than_they_name_are_not_replayed(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is said once, and not tried again."""
+    programs._say_once.cache_clear()
     driver.scratch = 3
     repeated = Repeated(BOUNDARY)
     repeated.learn()
+    monkeypatch.setattr(programs, "_taken", None)
     driver.by_python.clear()
     repeated.gradients(repeated.forward())
     assert driver.by_python == FORWARD + BACKWARD and driver.by_extension == []
+    assert [record.message for record in caplog.records] == [
+        "hyper-connections are launched by Python, not by the extension: "
+        "a kernel has 5 parameters for 2 arguments"
+    ]
+
+
+def test_a_backward_that_cannot_be_replayed_is_pythons(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated = Repeated(BOUNDARY)
+    repeated.gradients(repeated.forward())
+    outputs = repeated.forward()
+    driver.scratch = 3
+    expected = repeated.gradients(outputs)
+    driver.scratch = 2
+    monkeypatch.setattr(programs, "_taken", None)
+    driver.by_python.clear()
+    same(repeated.gradients(repeated.forward()), expected)
+    assert driver.by_python == BACKWARD
+
+
+def test_a_plan_that_was_forgotten_is_made_again_for_the_backward(driver: Driver) -> None:
+    repeated = Repeated(BOUNDARY)
+    repeated.learn()
+    expected = repeated.gradients(repeated.forward())
+    outputs = repeated.forward()
+    forgotten = Repeated(BOUNDARY)
+    forgotten.leaves = repeated.leaves
+    planned.cache_clear()
+    # Another output alone, of which there is no tape.
+    repeated.gradients(outputs, 1)
+    functional._boundary_plans._found.clear()
+    forgotten.learn()
+    driver.by_python.clear()
+    same(forgotten.gradients(forgotten.forward()), expected)
+    assert driver.by_python == []
 
 
 def test_halves_of_a_backward_run_it_once(driver: Driver) -> None:
@@ -403,7 +444,7 @@ def test_it_can_be_required(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> 
     repeated.learn()
     assert driver.by_extension
     monkeypatch.setattr("mhc_megatron.kernels.native.extension.availability", lambda: (False, "x"))
-    reason = extension_obstacle()
+    reason = missing()
     assert reason == f"the extension that would do it, x; {BUILD}"
     monkeypatch.setattr(backends, "NO_EXTENSION", reason)
     other = Repeated(Case(operation="post_pre", **{**SMALL, "tokens": 2}))
