@@ -13,15 +13,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.fused import Case, operands
+from helpers.fused import Case
+from helpers.repeated import Repeated
+from helpers.stand_in_driver import forget
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_megatron import kernels
-from mhc_megatron.kernels import MappingOptions, PackedMappings, backends, functional
+from mhc_megatron.kernels import MappingOptions, backends, functional
 from mhc_megatron.kernels.known import Known
 from mhc_megatron.kernels.native.programs import Programs
-from mhc_megatron.kernels.triton import bound, compiled, plan
+from mhc_megatron.kernels.triton import compiled, plan
 from mhc_megatron.kernels.triton.compiled import Kind, Launch, Prepared
 
 ALLOCATIONS = ("aten.empty.memory_format", "aten.empty_like.default")
@@ -82,13 +84,6 @@ class Handle:
         self.launched.append(self.name)
 
 
-def forget() -> None:
-    plan.planned.cache_clear()
-    for kernel in vars(bound).values():
-        if hasattr(kernel, "cache_clear"):
-            kernel.cache_clear()
-
-
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that are launched without Triton, as compiled ones; none runs."""
@@ -110,45 +105,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     forget()
 
 
-class Repeated:
-    """A call and its backward, on the CPU, where all of it is on one thread."""
+def repeated_call(operation: str, *, norm: bool = False, n: int = 4) -> Repeated:
+    """On the CPU, where all of it is on one thread."""
+    case = Case(operation=operation, n=n, dtype=torch.bfloat16, norm=norm)
+    repeated = Repeated(case, through=False)
+    for _ in range(2):
+        backward(repeated, repeated.forward())
+    return repeated
 
-    def __init__(self, operation: str, *, norm: bool = False, n: int = 4) -> None:
-        self.case = Case(operation=operation, n=n, dtype=torch.bfloat16, norm=norm)
-        leaves = operands(self.case, torch.device("cpu"))
-        self.leaves = {
-            name: leaf.requires_grad_()
-            for name, leaf in leaves.items()
-            if leaf is not None and not name.startswith("mix")
-        }
-        n, tokens = self.case.n, self.case.tokens
-        if operation != "pre":
-            self.leaves["packed"] = torch.rand(n * (n + 2), tokens).requires_grad_()
-        for _ in range(2):
-            self.backward(self.forward())
 
-    def forward(self) -> list[Tensor]:
-        leaves = self.leaves
-        operands: list[Any] = [leaves["streams"]]
-        keywords: dict[str, Any] = {"backend": "triton"}
-        if "packed" in leaves:
-            mix = PackedMappings(leaves["packed"], self.case.n, leaves["streams"].shape[:-2])
-            operands += [leaves["branch"], mix]
-        if "weight" in leaves:
-            gates = (leaves["alpha_pre"], leaves["alpha_post"], leaves["alpha_res"])
-            operands += [leaves["weight"], gates, leaves["bias"]]
-            keywords["options"] = self.case.options
-        if "norm_weight" in leaves:
-            keywords["norm_weight"] = leaves["norm_weight"]
-        outputs = getattr(functional, self.case.operation)(*operands, **keywords)
-        if isinstance(outputs, Tensor):
-            return [outputs]
-        *states, new_mix = outputs
-        return [*states, new_mix.packed]
-
-    def backward(self, outputs: list[Tensor]) -> None:
-        gradients = [torch.ones_like(output) for output in outputs]
-        torch.autograd.grad(outputs, list(self.leaves.values()), gradients)
+def backward(repeated: Repeated, outputs: list[Tensor]) -> None:
+    gradients = [torch.ones_like(output) for output in outputs]
+    torch.autograd.grad(outputs, list(repeated.leaves.values()), gradients)
 
 
 def counted(launches: list[str], call: Callable[[], Any]) -> tuple[list[str], dict[str, int], Any]:
@@ -173,12 +141,12 @@ def test_a_boundary_launches_six_kernels_and_allocates_eleven_times(
 
     Of eight streams three more kernels and two more allocations: sums that programs share.
     """
-    repeated, wide = Repeated(operation, norm=norm, n=n), n == 8
+    repeated, wide = repeated_call(operation, norm=norm, n=n), n == 8
     kernels, operations, outputs = counted(launches, repeated.forward)
     assert kernels == (WIDE_FORWARD if wide else FORWARD)
     # phi in two parts, the streams, u, the raw logits and the mappings; the norm's 1/RMS.
     assert operations == {"allocations": 5 + norm + wide}
-    kernels, operations, _ = counted(launches, lambda: repeated.backward(outputs))
+    kernels, operations, _ = counted(launches, lambda: backward(repeated, outputs))
     assert kernels == (WIDE_BACKWARD if wide else BACKWARD)
     # Of phi, streams, branch, mappings, and of the small parameters together; and what the kernels
     # leave to each other. Of the norm's input and weight.
@@ -190,9 +158,9 @@ def test_a_boundary_launches_six_kernels_and_allocates_eleven_times(
 
 @pytest.mark.parametrize("operation", MOST_CALLS)
 def test_the_calls_of_a_repeated_call_are_few(operation: str, launches: list[str]) -> None:
-    repeated = Repeated(operation)
+    repeated = repeated_call(operation)
     with Calls() as calls:
-        repeated.backward(repeated.forward())
+        backward(repeated, repeated.forward())
     assert launches
     assert calls.count <= MOST_CALLS[operation]
 
@@ -201,18 +169,18 @@ def test_the_calls_of_a_repeated_call_are_few(operation: str, launches: list[str
 def test_the_calls_are_more_where_something_is_looked_up_anew(
     forgotten: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repeated = Repeated("post_pre")
+    repeated = repeated_call("post_pre")
     if forgotten == "checks":
         monkeypatch.setattr(functional, "signature_of", lambda *_: None)
     else:
         monkeypatch.setattr(plan.Plan, "stream", lambda _: None)
     with Calls() as calls:
-        repeated.backward(repeated.forward())
+        backward(repeated, repeated.forward())
     assert calls.count > MOST_CALLS["post_pre"] + 20
 
 
 def test_a_wrong_operand_is_named_after_right_ones(launches: list[str]) -> None:
-    repeated = Repeated("post_pre")
+    repeated = repeated_call("post_pre")
     right = dict(repeated.leaves)
     for name, wrong, message in (
         ("streams", right["streams"].transpose(0, 1), r"branch: expected shape"),
@@ -230,7 +198,7 @@ def test_a_wrong_operand_is_named_after_right_ones(launches: list[str]) -> None:
 
 
 def test_each_call_has_the_plan_of_its_own_options(launches: list[str]) -> None:
-    repeated = Repeated("post_pre")
+    repeated = repeated_call("post_pre")
     case = repeated.case
     plans = functional._boundary_plans._found
     assert len(plans) == 1
@@ -253,7 +221,7 @@ def test_kernels_are_given_gradients_in_the_dtypes_that_they_were_compiled_for(
     operation: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which a prepared launch does not look at: autograd casts what it is given."""
-    repeated = Repeated(operation)
+    repeated = repeated_call(operation)
     seen: list[Kind] = []
     call = Prepared.__call__
 

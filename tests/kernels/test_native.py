@@ -2,15 +2,15 @@
 
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from helpers.fused import Case, operands
+from helpers.fused import Case
+from helpers.repeated import Repeated, python_only, same
 from helpers.stand_in_driver import Driver, stand_in_driver
 from torch import Tensor
 
-from mhc_megatron.kernels import PackedMappings, backends, functional, native
+from mhc_megatron.kernels import backends, functional, native
 from mhc_megatron.kernels.native import programs
 from mhc_megatron.kernels.native.extension import BUILD, extension, missing
 from mhc_megatron.kernels.triton import compiled
@@ -46,76 +46,6 @@ BOUNDARY = Case(operation="post_pre", **SMALL)
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     with stand_in_driver(monkeypatch) as found:
         yield found
-
-
-class Repeated:
-    """Calls of one operation on the same numbers."""
-
-    def __init__(self, case: Case, *, main_grad: bool = False) -> None:
-        self.case = case
-        self.backend = "triton"
-        self.leaves = {
-            name: leaf.requires_grad_()
-            for name, leaf in operands(case, torch.device("cpu")).items()
-            if leaf is not None and not name.startswith("mix")
-        }
-        if case.operation != "pre":
-            rows = case.n * (case.n + 2)
-            self.leaves["packed"] = torch.rand(rows, case.tokens).requires_grad_()
-        self.main_grad: Tensor | None = None
-        if main_grad:
-            self.main_grad = torch.randn_like(self.leaves["weight"])
-
-    def forward(self) -> list[Tensor]:
-        leaves, case = self.leaves, self.case
-        given: list[Any] = [leaves["streams"]]
-        keywords: dict[str, Any] = {"backend": self.backend}
-        if "packed" in leaves:
-            mix = PackedMappings(leaves["packed"], case.n, leaves["streams"].shape[:-2])
-            given += [leaves["branch"], mix]
-            keywords["branch_bias"] = leaves.get("branch_bias")
-        if "weight" in leaves:
-            gates = (leaves["alpha_pre"], leaves["alpha_post"], leaves.get("alpha_res"))
-            given += [leaves["weight"], gates, leaves["bias"]]
-            keywords |= {"options": case.options, "main_grad": self.main_grad}
-        if "norm_weight" in leaves:
-            keywords["norm_weight"] = leaves["norm_weight"]
-        outputs = getattr(functional, case.operation)(*given, **keywords)
-        if isinstance(outputs, Tensor):
-            return [outputs]
-        *states, mix = outputs
-        through = [] if mix.through is None else [mix.through]
-        return [*states, mix.packed, *through]
-
-    def gradients(self, outputs: list[Tensor], only: int | None = None) -> list[Tensor | None]:
-        """Of all leaves; ``only``: from the gradient of one output."""
-        generator = torch.Generator().manual_seed(5)
-        grads = [
-            torch.randn(output.shape, generator=generator).to(output.dtype) for output in outputs
-        ]
-        chosen = slice(None) if only is None else slice(only, only + 1)
-        leaves = list(self.leaves.values())
-        return list(torch.autograd.grad(outputs[chosen], leaves, grads[chosen], allow_unused=True))
-
-    def learn(self) -> None:
-        """Python's call, and the first one of the extension, whose backward is Python's."""
-        for _ in range(2):
-            self.gradients(self.forward())
-        if self.main_grad is not None:
-            self.main_grad.zero_()
-
-
-def python_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs.Programs, "run", lambda *_: None)
-
-
-def same(left: list[Tensor | None], right: list[Tensor | None]) -> None:
-    assert len(left) == len(right)
-    for one, other in zip(left, right, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert one.dtype == other.dtype and one.shape == other.shape
-            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
