@@ -39,4 +39,4 @@ def availability() -> tuple[bool, str]:
 def missing() -> str | None:
     """Why it does not launch the kernels, and the remedy; None where it does."""
     available, reason = availability()
-    return None if available else f"the extension that would do it, {reason}; {BUILD}"
+    return None if available else f"the launch extension {reason}; {BUILD}"

@@ -179,7 +179,7 @@ def require_kernels(config: TrainConfig) -> None:
         kernels.choose_backend(streams, options=options, backend=config.mhc.backend)
     except ValueError as error:
         raise UserError(
-            f"mhc.{error}; set mhc.backend=auto, which would use the reference"
+            f"mhc.{error}; set mhc.backend=auto, which takes what can run"
         ) from None
 
 

@@ -375,9 +375,9 @@ def test_it_can_be_required(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> 
     assert driver.by_extension
     monkeypatch.setattr("mhc_megatron.kernels.native.extension.availability", lambda: (False, "x"))
     reason = missing()
-    assert reason == f"the extension that would do it, x; {BUILD}"
+    assert reason == f"the launch extension x; {BUILD}"
     monkeypatch.setattr(backends, "NO_EXTENSION", reason)
     other = Repeated(Case(operation="post_pre", **{**SMALL, "tokens": 2}))
     other.backend = "native"
-    with pytest.raises(ValueError, match="backend='native' cannot run: the extension that would"):
+    with pytest.raises(ValueError, match="backend='native' cannot run: the launch extension x"):
         other.forward()
