@@ -27,8 +27,7 @@ class WeightGrads:
     Computed in I are the gradients of parameters that several nodes of the spine use; those of a
     ``torch.autograd.Function``, or of C++'s, that takes the parameter itself, since its backward
     computes all of its gradients together (a class attribute ``separable = True`` says that it
-    does not); and
-    without an input the parameters furthest from the loss, such as an embedding.
+    does not); and without an input the parameters furthest from the loss, such as an embedding.
 
     Args:
         output: of the stage.

@@ -149,7 +149,7 @@ def build_chunks(
         the model's layers; in half precision wrapped in Megatron's ``Float16Module``.
 
     Raises:
-        UserError: ``mhc.backend="triton"`` where the kernels cannot run.
+        UserError: ``mhc.backend="triton"`` or ``"native"`` where the kernels cannot run.
     """
     require_kernels(config)
     if config.parallel.schedule == "megatron":
@@ -165,7 +165,7 @@ def require_kernels(config: TrainConfig) -> None:
     """Say before the model is built what its first step would.
 
     Raises:
-        UserError: ``mhc.backend="triton"`` where the kernels cannot run, and why.
+        UserError: ``mhc.backend="triton"`` or ``"native"`` where the kernels cannot run, and why.
     """
     if config.mhc.backend not in ("triton", "native") or config.model.residual != "mhc":
         return
