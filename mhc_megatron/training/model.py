@@ -178,9 +178,7 @@ def require_kernels(config: TrainConfig) -> None:
     try:
         kernels.choose_backend(streams, options=options, backend=config.mhc.backend)
     except ValueError as error:
-        raise UserError(
-            f"mhc.{error}; set mhc.backend=auto, which takes what can run"
-        ) from None
+        raise UserError(f"mhc.{error}; set mhc.backend=auto, which takes what can run") from None
 
 
 def _megatron_chunk(
