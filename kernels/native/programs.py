@@ -106,7 +106,8 @@ class _Backward:
         self._operation = operation
         self._call = call
         self._shape = shape
-        self._refused: set[int] = set()
+        # Keys of which there is a tape, or can be none.
+        self._decided: set[int] = set()
 
     def __call__(
         self,
@@ -119,7 +120,7 @@ class _Backward:
         plan, work = planned(self._call), self._operation.backward
         gradients = work(plan, plan.stream(), saved, grads, trains, main_grad)
         program = plan.programs.program_of(self._shape) if plan.programs is not UNDECIDED else None
-        if program is None or key in self._refused:
+        if program is None or key in self._decided:
             return gradients
 
         def backward(tape: Tape) -> Tensors:
@@ -129,10 +130,10 @@ class _Backward:
         try:
             program.add_backward(key, _taken((*saved, *grads, main_grad), backward))
         except NotYetTaken:
-            pass
+            return gradients
         except NotTaken as reason:
             _say_once(str(reason))
-            self._refused.add(key)
+        self._decided.add(key)
         return gradients
 
 
