@@ -44,6 +44,11 @@ def grid(tokens: str, channels: str, warps: str, stages: str) -> list[Tile]:
     return [tile for tile in tiles if 4 <= tile.tokens * tile.channels / tile.num_warps / 32 <= 64]
 
 
+def one_chunk(tiles: list[Tile]) -> list[Tile]:
+    """Each with programs of one tile's channels."""
+    return [replace(tile, span=tile.channels) for tile in tiles]
+
+
 def spans(tiles: list[Tile], channels: str) -> list[Tile]:
     """Each with programs of so many channels."""
     return [replace(tile, span=int(span)) for tile in tiles for span in channels.split()]
@@ -51,7 +56,7 @@ def spans(tiles: list[Tile], channels: str) -> list[Tile]:
 
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
-    "post": grid("8 16", "128 256 512", "4 8", "1"),
+    "post": one_chunk(grid("8 16", "128 256 512", "4 8", "1")),
     "rebuild": grid("4 8 16", "64 128 256 512", "4 8", "1"),
     "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
@@ -63,9 +68,10 @@ CANDIDATES = {
 # Of more than four streams, instead of the above.
 WIDE_CANDIDATES = {
     "mix": grid("16 32", "32 64 128", "4 8", "2 3 4"),
+    "post": grid("2 4 8", "128 256 512", "2 4 8", "1 2 3 4"),
     "project": spans(grid("64 128 256", "32 64", "4 8", "2 3 4"), "1280 2560 5120"),
     "mix_backward": grid("16 32", "32 64", "4 8", "2 3"),
-    "post_backward": grid("4 8 16", "64 128 256", "4 8", "1"),
+    "post_backward": grid("2 4 8", "64 128 256", "2 4 8", "2 3 4"),
     "pre_backward": grid("64 128", "32 64 128", "4 8", "2 3"),
 }
 # Launched for up to four streams alone.

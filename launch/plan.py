@@ -255,5 +255,5 @@ def _not_counted(config: "TrainConfig") -> Iterator[str]:
         )
     if config.parallel.overlap != "none":
         yield "branch inputs that an interleaved backward keeps to its end"
-    if config.mhc.backend not in ("triton", "native"):
+    if not config.mhc.requires_kernels:
         yield "what backend='reference' keeps more than the kernels"

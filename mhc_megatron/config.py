@@ -107,6 +107,11 @@ class MHCConfig:
             )
 
     @property
+    def requires_kernels(self) -> bool:
+        """Whether nothing else may run in the kernels' place."""
+        return self.backend in ("triton", "native")
+
+    @property
     def recompute_policy(self) -> RecomputePolicy:
         """``recompute`` and ``recompute_block`` as one value."""
         try:

@@ -120,8 +120,6 @@ def wide_streams_backward(
     """
     grad_x = torch.empty_like(streams) if scratch is None else grad_streams
     grad_branch, grad_packed = torch.empty_like(branch), torch.empty_like(packed)
-    shape = plan.shape_of_coefficients
-    coefficients = torch.empty(shape, dtype=torch.float32, device=plan.device)
     single_pass = scratch is not None and plan.single_pass
     plan.wide_streams_bwd(
         stream,
@@ -136,7 +134,6 @@ def wide_streams_backward(
         grad_x,
         grad_branch,
         grad_packed,
-        coefficients,
     )
     return grad_x, grad_branch, grad_packed
 

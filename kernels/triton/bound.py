@@ -75,8 +75,10 @@ def post_fwd(n: int, channels: int, tile: Tile, has_bias: bool) -> Launch:
         C=channels,
         N=n,
         HAS_BIAS=has_bias,
+        SPAN=tile.span or channels,
         BT=tile.tokens,
         BC=tile.channels,
+        STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
 
@@ -268,8 +270,8 @@ def wide_streams_bwd(
         BT=tile.tokens,
         BC=tile.channels,
         VECTOR=vector_of(dtype, tile),
+        STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
 
 

@@ -139,12 +139,6 @@ class Buffers:
         return self.wide and self.has_branch and self.num_logits > 0 and self.dtype.itemsize == 2
 
     @cached_property
-    def shape_of_coefficients(self) -> tuple[int, int, int]:
-        """Of what a program of ``wide_streams_bwd`` has side by side: [programs, n (n + 2), BT]."""
-        tokens = self.call.tiles.post_backward.tokens
-        return blocks(self.num_tokens, tokens), self.rows, tokens
-
-    @cached_property
     def splits(self) -> int:
         """Of the tokens, for phi's gradient."""
         tiles = self.call.tiles

@@ -18,6 +18,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     post_mix_stream,
     pre_mix,
     rounded,
+    span_of,
     token_rows,
 )
 
@@ -334,22 +335,29 @@ def post_fwd(
     C: tl.constexpr,
     N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SPAN: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """``post`` of BT tokens and BC channels: ``x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f``."""
+    """``post`` of BT tokens and SPAN channels: ``x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f``.
+
+    The mappings are loaded once for all of them, and stay in registers.
+    """
     T = tl.cast(T, tl.int64)
-    first, tokens, live = token_rows(T, BT)
-    c = tl.program_id(1) * BC
-    mask = channel_mask(live, c, C, BC)
+    SPLITS: tl.constexpr = (C + SPAN - 1) // SPAN
+    first, tokens, live = token_rows(T, BT, SPLITS)
     rows = tl.arange(0, BT)[:, None] * (N * C)
     branch_rows = branch_ptr + first * C + tl.arange(0, BT)[:, None] * C
     x_ptr += first * (N * C)
     y_ptr += first * (N * C)
     post = load_coefficients(packed_ptr, N, tokens, live, T, N)
     res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
-    x = load_streams(x_ptr + rows, c, mask, N, C, BC, "")
-    branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
-    for o in tl.static_range(N):
-        y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)
+    start, stop = span_of(C, SPAN)
+    for c in tl.range(start, stop, BC, num_stages=STAGES):
+        mask = channel_mask(live, c, C, BC)
+        x = load_streams(x_ptr + rows, c, mask, N, C, BC, "")
+        branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+        for o in tl.static_range(N):
+            y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)

@@ -240,8 +240,9 @@ def _post_pre_backward(
     )
     state = (streams, branch, branch_bias, packed)
     trained = weight if trains or plan.has_norm else None
+    grad_weight = None
     if plan.wide:
-        grad_new, grad_weight = backward_launch.pre_backward(
+        grad_streams, grad_weight = backward_launch.pre_backward(
             plan,
             stream,
             scratch,
@@ -253,22 +254,19 @@ def _post_pre_backward(
             trained,
             main_grad,
         )
-        of_parameters = _parameter_gradients(
-            plan, stream, scratch, grad_weight, main_grad, alpha_res, norm_weight
+    elif trained is not None:
+        # Right after the first pass, whose last reads of the streams are still in L2.
+        grad_weight = backward_launch.weight_backward(
+            plan, stream, scratch, new_streams, weight, main_grad
         )
+    of_parameters = _parameter_gradients(
+        plan, stream, scratch, grad_weight, main_grad, alpha_res, norm_weight
+    )
+    if plan.wide:
         grad_x, grad_branch, grad_packed = backward_launch.wide_streams_backward(
-            plan, stream, scratch, grad_new, *state, new_streams, grad_u
+            plan, stream, scratch, grad_streams, *state, new_streams, grad_u
         )
     else:
-        grad_weight = None
-        if trained is not None:
-            # Right after the first pass, whose last reads of the streams are still in L2.
-            grad_weight = backward_launch.weight_backward(
-                plan, stream, scratch, new_streams, weight, main_grad
-            )
-        of_parameters = _parameter_gradients(
-            plan, stream, scratch, grad_weight, main_grad, alpha_res, norm_weight
-        )
         grad_x, grad_branch, grad_packed = backward_launch.streams_backward(
             plan, stream, scratch, grad_streams, *state, grad_u, read_packed, factors
         )

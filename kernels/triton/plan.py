@@ -101,8 +101,8 @@ class Plan(Buffers):
     def post_fwd(self) -> Prepared:
         tile = self.call.tiles.post
         kernel = bound.post_fwd(self.num_streams, self.channels, tile, self.has_bias)
-        grid = (blocks(self.num_tokens, tile.tokens), blocks(self.channels, tile.channels))
-        return Prepared(kernel, grid, (self.num_tokens,))
+        programs = blocks(self.num_tokens, tile.tokens) * tile.splits(self.channels)
+        return Prepared(kernel, (programs,), (self.num_tokens,))
 
     @cached_property
     def mix_fwd(self) -> Prepared:

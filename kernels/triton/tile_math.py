@@ -64,33 +64,6 @@ def load_coefficients(packed_ptr, first_row, tokens, live, T, ROWS: tl.constexpr
 
 
 @triton.jit
-def gather_coefficients(
-    block_ptr,
-    packed_ptr,
-    first_row: tl.constexpr,
-    tokens,
-    live,
-    T,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Copy ROWS rows of [rows, T] to the program's own block [rows, BT].
-
-    There a row's address is a constant from one base. In [rows, T] it is another 64-bit number for
-    each row, which the compiler keeps for a whole loop: of many streams, more than registers.
-    """
-    for row in tl.static_range(first_row, first_row + ROWS):
-        coefficients = tl.load(packed_ptr + row * T + tokens, mask=live, other=0.0)
-        tl.store(block_ptr + row * BT + tl.arange(0, BT), coefficients)
-
-
-@triton.jit
-def gathered(block_ptr, row: tl.constexpr, BT: tl.constexpr):
-    """A row that ``gather_coefficients`` copied, [BT]."""
-    return tl.load(block_ptr + row * BT + tl.arange(0, BT))
-
-
-@triton.jit
 def phi_pointers(
     weight_ptr, rows, columns, M: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr
 ):

@@ -14,8 +14,8 @@ class Tile:
     """One kernel's tile: BT tokens by BC channels (powers of two), warps, and pipeline stages.
 
     Attributes:
-        span: channels of a program, all streams' counted, a multiple of the tile's; None for all.
-            Only of ``project``.
+        span: channels of a program, a multiple of the tile's; None for all. Only of ``post``, and
+            of ``project``, where those of all streams are counted.
     """
 
     tokens: int
@@ -89,7 +89,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         # float32 products of the parts need more registers and shared memory.
         return Tiles(
             mix=Tile(tokens=16, channels=32),
-            post=Tile(tokens=16, channels=64, num_stages=1),
+            post=Tile(tokens=16, channels=64, num_stages=1, span=64),
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=64),
             streams_backward=Tile(tokens=16, channels=32, num_stages=2),
@@ -102,7 +102,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
     if num_streams == 2:
         return Tiles(
             mix=Tile(tokens=16, channels=64, num_stages=5),
-            post=Tile(tokens=16, channels=128, num_stages=1),
+            post=Tile(tokens=16, channels=128, num_stages=1, span=128),
             rebuild=Tile(tokens=16, channels=128, num_stages=1),
             mix_backward=Tile(tokens=16, channels=128),
             streams_backward=Tile(tokens=16, channels=64),
@@ -113,7 +113,7 @@ def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
         )
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_stages=4),
-        post=Tile(tokens=16, channels=128, num_stages=1),
+        post=Tile(tokens=16, channels=128, num_stages=1, span=128),
         rebuild=Tile(tokens=16, channels=128, num_stages=1),
         mix_backward=Tile(tokens=16, channels=128),
         streams_backward=Tile(tokens=32, channels=64, num_warps=8),
@@ -131,19 +131,19 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         return Tiles(
             mix=Tile(tokens=16, channels=32),
             project=Tile(tokens=32, channels=16, num_stages=1, span=2560),
-            post=Tile(tokens=16, channels=64, num_stages=1),
+            post=Tile(tokens=4, channels=128),
             rebuild=Tile(tokens=16, channels=64, num_stages=1),
             mix_backward=Tile(tokens=16, channels=32),
-            post_backward=Tile(tokens=8, channels=64, num_stages=1),
+            post_backward=Tile(tokens=4, channels=128),
             pre_backward=Tile(tokens=32, channels=32, num_warps=8, num_stages=2),
         )
     # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8),
         project=Tile(tokens=128, channels=64, num_warps=8, span=2560),
-        post=Tile(tokens=8, channels=128, num_stages=1),
+        post=Tile(tokens=4, channels=256),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),
-        post_backward=Tile(tokens=8, channels=128, num_stages=1),
+        post_backward=Tile(tokens=4, channels=128),
         pre_backward=Tile(tokens=64, channels=64, num_stages=3),
     )

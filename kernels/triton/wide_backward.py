@@ -1,7 +1,7 @@
 """Backward of ``post`` of many streams: as streams_backward.py, in tiles that hold their sums.
 
-n (n + 1) sums of a token fill a thread's registers, so that it holds few channels of few tokens,
-and no coefficients: they are loaded where they are used. What reads the new streams is the work of
+A warp has one token: its n (n + 1) coefficients and as many sums fill the registers, so that the
+streams wait in shared memory for their use. What reads the new streams is the work of
 wide_pre_backward.py, which leaves the whole gradient of the new streams to this.
 """
 
@@ -12,9 +12,8 @@ from mhc_megatron.kernels.triton.tile_math import (
     as_bits,
     channel_mask,
     from_upper_bits,
-    gather_coefficients,
-    gathered,
     lane_sums,
+    load_coefficients,
     token_rows,
     with_bias,
     zero_sums,
@@ -34,7 +33,6 @@ def wide_streams_bwd(
     grad_x_ptr,
     grad_branch_ptr,
     grad_packed_ptr,
-    scratch_ptr,
     T,
     C: tl.constexpr,
     N: tl.constexpr,
@@ -44,12 +42,12 @@ def wide_streams_bwd(
     BT: tl.constexpr,
     BC: tl.constexpr,
     VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of the streams, the branch and the mappings of BT tokens.
 
     ``grad_y``: of the new streams; with HAS_LOW the upper bits of it, of which the lower are in
     ``low``. ``grad_x`` may be its memory: a thread writes where it alone has read.
-    ``scratch``: [programs, n (n + 2), BT], the program's coefficients, side by side.
     SINGLE_PASS: the mappings also read the new streams, y, and ``grad_u`` is of what they read.
     """
     T = tl.cast(T, tl.int64)
@@ -65,7 +63,6 @@ def wide_streams_bwd(
         low_ptr += first * K
     branch_ptr += first * C
     grad_branch_ptr += first * C
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (N * (N + 2) * BT)
     post_sums = zero_sums(N, BT, BC // VECTOR)
     # Of ``res[o, i]`` in place i * n + o.
     res_sums = zero_sums(N * N, BT, BC // VECTOR)
@@ -74,11 +71,10 @@ def wide_streams_bwd(
         grad_u_ptr += first * C
         read_sums = zero_sums(N, BT, BC // VECTOR)
 
-    gather_coefficients(scratch_ptr, packed_ptr, N, tokens, live, T, N * (N + 1), BT)
-    # Other threads than wrote them read them.
-    tl.debug_barrier()
+    post = load_coefficients(packed_ptr, N, tokens, live, T, N)
+    res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
 
-    for c in tl.range(0, C, BC):
+    for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         f_pointers = branch_ptr + branch_rows + (c + columns)[None, :]
         branch = tl.load(f_pointers, mask=mask, other=0.0)
@@ -104,10 +100,9 @@ def wide_streams_bwd(
             else:
                 grad = highs[o].to(tl.float32)
             # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-            post = gathered(scratch_ptr, N + o, BT)
             post_sum = post_sums[o] + lane_sums(grad * branch, BT, BC, VECTOR)
             next_post_sums = next_post_sums + (post_sum,)
-            grad_branch += post[:, None] * grad
+            grad_branch += post[o][:, None] * grad
             grads = grads + (grad,)
         post_sums = next_post_sums
         pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
@@ -128,10 +123,9 @@ def wide_streams_bwd(
             x = xs[i].to(tl.float32)
             grad_x = tl.zeros([BT, BC], tl.float32)
             for o in tl.static_range(N):
-                res = gathered(scratch_ptr, (2 + o) * N + i, BT)
                 res_sum = res_sums[i * N + o] + lane_sums(grads[o] * x, BT, BC, VECTOR)
                 next_res_sums = next_res_sums + (res_sum,)
-                grad_x += res[:, None] * grads[o]
+                grad_x += res[o * N + i][:, None] * grads[o]
             tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         res_sums = next_res_sums
 

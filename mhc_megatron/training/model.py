@@ -167,7 +167,7 @@ def require_kernels(config: TrainConfig) -> None:
     Raises:
         UserError: ``mhc.backend="triton"`` or ``"native"`` where the kernels cannot run, and why.
     """
-    if config.mhc.backend not in ("triton", "native") or config.model.residual != "mhc":
+    if not config.mhc.requires_kernels or config.model.residual != "mhc":
         return
     streams = torch.empty(
         (0, config.mhc.num_streams, config.model.hidden_size),
