@@ -8,7 +8,8 @@ from torch import Tensor
 from mhc_megatron.kernels.reference import Mappings
 
 
-@dataclass(frozen=True)
+# Made at every call: a frozen one costs the host several times as much.
+@dataclass(eq=False, slots=True)
 class PackedMappings:
     """``Mappings`` of T = prod(tokens) tokens as rows of one float32 tensor, tokens last.
 

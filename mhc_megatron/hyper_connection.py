@@ -30,6 +30,9 @@ Observer = Callable[..., Any]
 class MappingProjection(nn.Module):
     """Phi of one hyper-connection: ``weight`` [M, n*C], float32. A call returns it.
 
+    As ``HyperConnection`` at every call, it takes what it owns from its dictionaries: an attribute
+    of a module that is a parameter or a module is what Python finds last.
+
     With ``gradient_accumulation_fusion``, backward adds its gradient to Megatron's ``main_grad``.
     """
 
@@ -38,15 +41,12 @@ class MappingProjection(nn.Module):
         self.weight = float32_parameter(num_logits, width)
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
 
-    def forward(self) -> Tensor:
-        """[M, n*C]."""
-        if self.main_grad() is None:
-            return self.weight
-        return AddedToMainGrad.apply(self.weight)
-
-    def main_grad(self) -> Tensor | None:
-        """[M, n*C], what the kernels are to add the gradient to."""
-        return main_grad_of(self.weight) if self.gradient_accumulation_fusion else None
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Phi [M, n*C], and the buffer [M, n*C] that the kernels are to add its gradient to."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        main_grad = main_grad_of(weight) if self.gradient_accumulation_fusion else None
+        return weight if main_grad is None else AddedToMainGrad.apply(weight), main_grad
 
 
 class HyperConnection(KeepFP32):
@@ -103,6 +103,7 @@ class HyperConnection(KeepFP32):
             rms_eps=mhc.rms_eps,
         )
         self._announced = False
+        self._chosen: dict[tuple[torch.dtype, torch.device, bool], str] = {}
         self.observer: Observer | None = None
         self.reset_parameters()
 
@@ -116,14 +117,19 @@ class HyperConnection(KeepFP32):
         reader = self.sublayer + (self.mhc.variant == "single_pass")
         self.bias.copy_(initial_bias(self.mhc, home_stream=reader % self.num_streams))
 
-    def forward(self) -> tuple[Tensor, kernels.Gates, Tensor]:
-        """Phi [M, n*C], the three gates [1] and the bias [M], for ``pre`` and ``post_pre``.
+    def forward(self) -> tuple[Tensor, kernels.Gates, Tensor, Tensor | None]:
+        """Phi [M, n*C], the three gates [1], the bias [M], and phi's ``main_grad``, if the kernels
+        are to add to it: for ``pre`` and ``post_pre``.
 
         Parameters are read through calls of the modules that own them: Megatron's DDP waits in
         their forward hooks for parameters that are still being gathered (overlap_param_gather).
         """
-        gates = (self.alpha_pre, self.alpha_post, self.alpha_res)
-        return self.mapping_proj(), gates, self.bias
+        own, projection = self._parameters, self._modules["mapping_proj"]
+        alpha_pre, alpha_post, bias = own["alpha_pre"], own["alpha_post"], own["bias"]
+        assert projection is not None
+        assert alpha_pre is not None and alpha_post is not None and bias is not None
+        weight, main_grad = projection()
+        return weight, (alpha_pre, alpha_post, own.get("alpha_res")), bias, main_grad
 
     def pre(self, streams: Tensor, *, norm: BranchNorm | None = None) -> tuple[Tensor, Mix]:
         """The streams read with H_pre, and the coefficients that ``post`` needs.
@@ -142,14 +148,17 @@ class HyperConnection(KeepFP32):
         """
         self._announce(streams)
         norm_weight, norm_eps = self._norm_of(norm, streams)
+        weight, gates, bias, main_grad = self()
         branch_input, mix = self._run(
             kernels.pre,
             streams,
-            *self(),
+            weight,
+            gates,
+            bias,
             options=self._options,
             norm_weight=norm_weight,
             norm_eps=norm_eps,
-            main_grad=self.mapping_proj.main_grad(),
+            main_grad=main_grad,
             num_streams=self.num_streams,
             backend=self.mhc.backend,
         )
@@ -201,11 +210,12 @@ class HyperConnection(KeepFP32):
         Returns:
             The next streams [s, b, n*C], the next branch's input [s, b, C] and its mappings.
         """
-        operands = (self._read_by(mix, streams), branch, mix, *following())
+        weight, gates, bias, main_grad = following()
+        operands = (self._read_by(mix, streams), branch, mix, weight, gates, bias)
         settings: dict[str, Any] = {
             "options": following._options,
             "branch_bias": branch_bias,
-            "main_grad": following.mapping_proj.main_grad(),
+            "main_grad": main_grad,
             "num_streams": self.num_streams,
             "backend": self.mhc.backend,
         }
@@ -219,9 +229,14 @@ class HyperConnection(KeepFP32):
         self, norm: BranchNorm | None, streams: Tensor
     ) -> tuple[Tensor | None, float | None]:
         """Weight and eps of a norm that the kernels apply; None of what is left to the caller."""
-        if norm is None or self._choice(streams).name != "triton":
+        if norm is None:
             return None, None
-        return norm(), norm.eps
+        # All that the choice depends on here; it costs as much as the look at all operands.
+        kind = streams.dtype, streams.device, streams.is_contiguous()
+        chosen = self._chosen.get(kind)
+        if chosen is None:
+            chosen = self._chosen[kind] = self._choice(streams).name
+        return (norm(), norm.eps) if chosen == "triton" else (None, None)
 
     def _choice(self, streams: Tensor) -> kernels.BackendChoice:
         """What runs for these streams, [s, b, n*C]."""

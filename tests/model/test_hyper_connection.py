@@ -1,10 +1,14 @@
 """The module: dtypes that survive casts, initial mappings, the observer."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from mhc_megatron import kernels
+from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig, Projection, Variant
-from mhc_megatron.hyper_connection import HyperConnection, mappings_to
+from mhc_megatron.hyper_connection import HyperConnection, mappings_to, normalises
 from mhc_megatron.streams import Contraction, expand_streams
 
 PROJECTIONS: list[Projection] = [
@@ -103,3 +107,24 @@ def test_equal_streams_contract_to_a_multiple_of_one(contraction: str) -> None:
     hidden = torch.randn(2, 2, 3)
     factor = {"mean": 1.0, "sum": 4.0, "learned": 4 * (0.5 + 1e-6)}[contraction]
     torch.testing.assert_close(head(expand_streams(hidden, 4)), factor * hidden)
+
+
+def test_who_applies_the_norm_is_found_once_for_each_kind_of_streams(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connection = HyperConnection(MHCConfig(backend="triton"), hidden_size=8, sublayer=0)
+    norm, streams = BranchNorm(8), torch.randn(3, 2, 32)
+    _, before = connection.pre(streams, norm=norm)
+    asked: list[torch.dtype] = []
+
+    def choose_backend(x: torch.Tensor, **_: Any) -> kernels.BackendChoice:
+        asked.append(x.dtype)
+        return kernels.BackendChoice("reference", "none of the kernels is to run")
+
+    monkeypatch.setattr(kernels, "choose_backend", choose_backend)
+    _, again = connection.pre(streams, norm=norm)
+    assert normalises(before) and normalises(again)
+    for _ in range(2):
+        _, other = connection.pre(streams.bfloat16(), norm=norm)
+        assert not normalises(other)
+    assert asked == [torch.bfloat16]
