@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_megatron import kernels
+from mhc_megatron.branch_norm import BranchNorm
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.hyper_connection import HyperConnection
 from mhc_megatron.kernels import MappingOptions, backends, functional
 from mhc_megatron.kernels.known import Known
 from mhc_megatron.kernels.native.programs import Programs
@@ -31,6 +34,8 @@ KERNELS = str(Path(kernels.__file__).parent)
 # Calls of this package's functions, and of C's by them, for a forward and its backward, with room
 # for two or three more.
 MOST_CALLS = {"post_pre": 120, "single_pass": 120, "pre": 100, "post": 56}
+# What a hyper-connection may add to a forward, torch's calls of modules included.
+MODULE_CALLS = 25
 FORWARD = ["split_weight", "mix_fwd"]
 BACKWARD = ["mix_bwd", "weight_bwd", "reduce_partials", "streams_bwd"]
 WIDE_FORWARD = ["split_wide", "post_fwd", "project_fwd", "read_fwd"]
@@ -53,9 +58,10 @@ class Operations(TorchDispatchMode):
 
 
 class Calls:
-    """Counts calls of this package's functions, and of C's by them."""
+    """Counts calls of functions of files below ``folder``, and of C's by them."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str = KERNELS) -> None:
+        self.folder = folder
         self.count = 0
 
     def __enter__(self) -> "Calls":
@@ -67,7 +73,7 @@ class Calls:
 
     def _see(self, frame: FrameType, event: str, _: object) -> None:
         if event in ("call", "c_call"):
-            self.count += frame.f_code.co_filename.startswith(KERNELS)
+            self.count += frame.f_code.co_filename.startswith(self.folder)
 
 
 class Handle:
@@ -163,6 +169,43 @@ def test_the_calls_of_a_repeated_call_are_few(operation: str, launches: list[str
         backward(repeated, repeated.forward())
     assert launches
     assert calls.count <= MOST_CALLS[operation]
+
+
+def test_a_module_calls_little_more_than_the_kernels_do(launches: list[str]) -> None:
+    """A boundary's forward with the norm of the next branch, as a layer makes it."""
+    mhc = MHCConfig(backend="triton")
+    ending, following = (HyperConnection(mhc, hidden_size=16, sublayer=k) for k in (0, 1))
+    norm, streams = BranchNorm(16), torch.randn(3, 2, 64, requires_grad=True)
+    branch, mix = ending.pre(streams)
+    weight, gates, bias, _ = following()
+
+    def of_the_kernels() -> None:
+        functional.post_pre(
+            streams,
+            branch,
+            mix,
+            weight,
+            gates,
+            bias,
+            options=following._options,
+            norm_weight=norm.weight,
+            norm_eps=norm.eps,
+            num_streams=4,
+            backend="triton",
+        )
+
+    def of_the_module() -> None:
+        ending.post_pre(streams, branch, mix, following, norm=norm)
+
+    counts = []
+    for call in (of_the_kernels, of_the_module):
+        for _ in range(2):
+            call()
+        with Calls("") as calls:
+            call()
+        counts.append(calls.count)
+    assert launches
+    assert counts[1] - counts[0] <= MODULE_CALLS, counts
 
 
 @pytest.mark.parametrize("forgotten", ["checks", "kernels"])
