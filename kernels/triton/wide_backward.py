@@ -47,7 +47,7 @@ def wide_streams_bwd(
     """Gradients of the streams, the branch and the mappings of BT tokens.
 
     ``grad_y``: of the new streams; with HAS_LOW the upper bits of it, of which the lower are in
-    ``low``. ``grad_x`` may be its memory: a thread writes where it alone has read.
+    ``low``. ``grad_x`` may be its memory: a chunk is written when all of it has been read.
     SINGLE_PASS: the mappings also read the new streams, y, and ``grad_u`` is of what they read.
     """
     T = tl.cast(T, tl.int64)
