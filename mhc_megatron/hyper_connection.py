@@ -28,7 +28,7 @@ Observer = Callable[..., Any]
 
 
 class MappingProjection(nn.Module):
-    """Phi of one hyper-connection: ``weight`` [M, n*C], float32. A call returns it.
+    """Phi of one hyper-connection: ``weight`` [M, n*C], float32.
 
     As ``HyperConnection`` at every call, it takes what it owns from its dictionaries: an attribute
     of a module that is a parameter or a module is what Python finds last.
@@ -231,7 +231,8 @@ class HyperConnection(KeepFP32):
         """Weight and eps of a norm that the kernels apply; None of what is left to the caller."""
         if norm is None:
             return None, None
-        # All that the choice depends on here; it costs as much as the look at all operands.
+        # Of what the choice depends on, all that varies between calls of a module, but for the
+        # current device, which the kernels' functions look at themselves.
         kind = streams.dtype, streams.device, streams.is_contiguous()
         chosen = self._chosen.get(kind)
         if chosen is None:

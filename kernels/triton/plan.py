@@ -101,8 +101,7 @@ class Plan(Buffers):
     def post_fwd(self) -> Prepared:
         tile = self.call.tiles.post
         kernel = bound.post_fwd(self.num_streams, self.channels, tile, self.has_bias)
-        programs = blocks(self.num_tokens, tile.tokens) * tile.splits(self.channels)
-        return Prepared(kernel, (programs,), (self.num_tokens,))
+        return Prepared(kernel, (self.programs_of(tile, self.channels),), (self.num_tokens,))
 
     @cached_property
     def mix_fwd(self) -> Prepared:
