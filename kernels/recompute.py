@@ -122,7 +122,8 @@ def rebuild(
     from mhc_megatron.kernels.triton import launch
     from mhc_megatron.kernels.triton.tiles import default_tiles
 
-    tiles = tiles or default_tiles(streams.shape[-2], streams.shape[-1], streams.dtype)
+    n, channels = streams.shape[-2:]
+    tiles = tiles or default_tiles(n, streams.numel() // (n * channels), streams.dtype)
     launch.rebuild(
         streams,
         branches,

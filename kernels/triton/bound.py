@@ -69,12 +69,13 @@ def split_wide(n: int, channels: int, num_logits: int) -> Launch:
 
 
 @cache
-def post_fwd(n: int, channels: int, tile: Tile, has_bias: bool) -> Launch:
+def post_fwd(n: int, channels: int, tile: Tile, has_bias: bool, reads: bool) -> Launch:
     return Launch(
         forward.post_fwd,
         C=channels,
         N=n,
         HAS_BIAS=has_bias,
+        READS=reads,
         SPAN=tile.span or channels,
         BT=tile.tokens,
         BC=tile.channels,
@@ -150,7 +151,7 @@ def read_fwd(
     options: MappingOptions,
     tile: Tile,
     project: Tile,
-    single_pass: bool,
+    reads: bool,
     has_norm: bool,
 ) -> Launch:
     return Launch(
@@ -164,7 +165,7 @@ def read_fwd(
         PARTS=parts_of(dtype),
         PROJECTION=options.projection,
         ITERATIONS=options.iterations,
-        SINGLE_PASS=single_pass,
+        READS=reads,
         HAS_NORM=has_norm,
         SPLITS=project.splits(n * channels),
         TILE=project.tokens,

@@ -331,10 +331,12 @@ def post_fwd(
     branch_bias_ptr,
     packed_ptr,
     y_ptr,
+    u_ptr,
     T,
     C: tl.constexpr,
     N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    READS: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -342,22 +344,33 @@ def post_fwd(
 ):
     """``post`` of BT tokens and SPAN channels: ``x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f``.
 
-    The mappings are loaded once for all of them, and stay in registers.
+    The mappings are loaded once for all of them, and stay in registers. READS also mixes u, by the
+    mappings that write, as single_pass reads.
     """
     T = tl.cast(T, tl.int64)
     SPLITS: tl.constexpr = (C + SPAN - 1) // SPAN
     first, tokens, live = token_rows(T, BT, SPLITS)
     rows = tl.arange(0, BT)[:, None] * (N * C)
-    branch_rows = branch_ptr + first * C + tl.arange(0, BT)[:, None] * C
+    branch_rows = tl.arange(0, BT)[:, None] * C
+    branch_ptr += first * C
     x_ptr += first * (N * C)
     y_ptr += first * (N * C)
     post = load_coefficients(packed_ptr, N, tokens, live, T, N)
     res = load_coefficients(packed_ptr, 2 * N, tokens, live, T, N * N)
+    if READS:
+        u_ptr += first * C
+        read = load_coefficients(packed_ptr, 0, tokens, live, T, N)
     start, stop = span_of(C, SPAN)
     for c in tl.range(start, stop, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         x = load_streams(x_ptr + rows, c, mask, N, C, BC, "")
-        branch = load_branch(branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+        branch = load_branch(branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC)
+        ys = ()
         for o in tl.static_range(N):
             y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)
+            if READS:
+                ys = ys + (y.to(tl.float32),)
+        if READS:
+            u = pre_mix(ys, read, N).to(u_ptr.dtype.element_ty)
+            tl.store(u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :], u, mask=mask)

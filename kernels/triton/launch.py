@@ -45,7 +45,7 @@ def post(
     """The next streams."""
     new_streams = torch.empty_like(streams)
     if plan.num_tokens:
-        plan.post_fwd(stream, streams, branch, bias, packed, new_streams)
+        plan.post_fwd(stream, streams, branch, bias, packed, new_streams, None)
     return new_streams
 
 
@@ -85,10 +85,10 @@ def mix(
     operands = streams, branch, branch_bias, packed
     if plan.wide:
         if branch is not None:
-            plan.post_fwd(stream, *operands, new_streams)
+            plan.post_fwd(stream, *operands, new_streams, u if plan.single_pass else None)
         sums = torch.empty(plan.project_sums, dtype=torch.float32, device=device)
         plan.project_fwd(stream, new_streams, factors, sums)
-        plan.read_fwd(stream, new_streams, sums, packed, *mappings, plan.matrices, *results)
+        plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)
     else:
         plan.mix_fwd(stream, *operands, factors, *mappings, plan.matrices, new_streams, *results)
     return new_streams, u, raw, new_packed, inverse_rms

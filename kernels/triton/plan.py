@@ -41,19 +41,20 @@ def plan_of(
             are [..., n, C] also if they are to be given as [..., n*C].
     """
     n, channels = streams.shape[-2:]
+    num_tokens = streams.numel() // (n * channels)
     branch_dtype, bias_dtype, norm_dtype = (
         None if tensor is None else tensor.dtype for tensor in (branch, branch_bias, norm_weight)
     )
     return planned(
         Call(
-            num_tokens=streams.numel() // (n * channels),
+            num_tokens=num_tokens,
             num_streams=n,
             channels=channels,
             dtype=streams.dtype,
             device=streams.device,
             operand_dtypes=(branch_dtype, bias_dtype, norm_dtype),
             options=options,
-            tiles=tiles or default_tiles(n, channels, streams.dtype),
+            tiles=tiles or default_tiles(n, num_tokens, streams.dtype),
             single_pass=single_pass,
             accumulates=accumulates,
             norm_eps=float(norm_eps),
@@ -100,7 +101,8 @@ class Plan(Buffers):
     @cached_property
     def post_fwd(self) -> Prepared:
         tile = self.call.tiles.post
-        kernel = bound.post_fwd(self.num_streams, self.channels, tile, self.has_bias)
+        sizes = self.num_streams, self.channels
+        kernel = bound.post_fwd(*sizes, tile, self.has_bias, self.single_pass)
         return Prepared(kernel, (self.programs_of(tile, self.channels),), (self.num_tokens,))
 
     @cached_property
@@ -146,7 +148,7 @@ class Plan(Buffers):
             self.options,
             tile,
             self.project_tile,
-            self.single_pass,
+            not self.single_pass,
             self.has_norm,
         )
         return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), self._numbers)

@@ -3,8 +3,8 @@
 The choices decide speed, and through the order of sums the last bits, but no other property.
 """
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 
@@ -74,15 +74,37 @@ class Tiles:
     product_terms: int = 3
 
 
-@cache
-def default_tiles(num_streams: int, channels: int, dtype: torch.dtype) -> Tiles:
+# Of an H100 or H200. A program of ``mix_fwd`` of four streams fills one.
+MULTIPROCESSORS = 132
+
+
+# As many as there may be numbers of tokens.
+@lru_cache(maxsize=1024)
+def default_tiles(num_streams: int, num_tokens: int, dtype: torch.dtype) -> Tiles:
     """The table.
 
     Args:
         num_streams: n.
-        channels: C.
+        num_tokens: T. The kernels of few tokens want a program for every multiprocessor; of many,
+            programs of more tokens.
         dtype: the streams'.
     """
+    tiles = _tiles(num_streams, dtype)
+    if num_streams == 4 and dtype == torch.bfloat16:
+        # Programs of 64 tokens take 1.7 times as long as those of 32, however many run beside them.
+        larger = replace(tiles.mix, tokens=64, num_warps=8, num_stages=3)
+        if 1.7 * _waves(num_tokens, larger) < _waves(num_tokens, tiles.mix):
+            tiles = replace(tiles, mix=larger)
+    return tiles
+
+
+def _waves(num_tokens: int, tile: Tile) -> int:
+    """How often every multiprocessor has a program."""
+    return -(-num_tokens // (tile.tokens * MULTIPROCESSORS))
+
+
+@cache
+def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
     if num_streams > 4:
         return _wide_tiles(dtype)
     if dtype != torch.bfloat16:
@@ -140,7 +162,7 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
     # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_warps=8),
-        project=Tile(tokens=128, channels=64, num_warps=8, span=2560),
+        project=Tile(tokens=128, channels=64, num_warps=8, num_stages=4, span=2560),
         post=Tile(tokens=4, channels=256),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),

@@ -91,6 +91,13 @@ def wide_streams_bwd(
                 lows = lows + (tl.load(low_ptr + offsets, mask=mask, other=0),)
             else:
                 highs = highs + (tl.load(grad_y_ptr + offsets, mask=mask, other=0.0),)
+        if SINGLE_PASS:
+            u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
+            grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+            ys = ()
+            for i in tl.static_range(N):
+                offsets = rows + (i * C + c + columns)[None, :]
+                ys = ys + (tl.load(y_ptr + offsets, mask=mask, other=0.0),)
         grad_branch = tl.zeros([BT, BC], tl.float32)
         grads = ()
         next_post_sums = ()
@@ -108,13 +115,10 @@ def wide_streams_bwd(
         pointers = grad_branch_ptr + branch_rows + (c + columns)[None, :]
         tl.store(pointers, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
         if SINGLE_PASS:
-            u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
-            grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
             next_read_sums = ()
             for i in tl.static_range(N):
-                offsets = rows + (i * C + c + columns)[None, :]
-                y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                read_sum = read_sums[i] + lane_sums(grad_u * y, BT, BC, VECTOR)
+                product = grad_u * ys[i].to(tl.float32)
+                read_sum = read_sums[i] + lane_sums(product, BT, BC, VECTOR)
                 next_read_sums = next_read_sums + (read_sum,)
             read_sums = next_read_sums
         next_res_sums = ()

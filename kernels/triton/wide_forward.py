@@ -118,7 +118,6 @@ def store_rows(
 def read_fwd(
     y_ptr,
     sums_ptr,
-    packed_ptr,
     alpha_pre_ptr,
     alpha_post_ptr,
     alpha_res_ptr,
@@ -142,7 +141,7 @@ def read_fwd(
     PARTS: tl.constexpr,
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    SINGLE_PASS: tl.constexpr,
+    READS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE: tl.constexpr,
@@ -150,7 +149,7 @@ def read_fwd(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Raw logits, mappings and u of BT tokens, SINGLE_PASS with the mappings that wrote y.
+    """Raw logits and mappings of BT tokens, and if it READS u.
 
     ``sums``: of ``project_fwd`` in tiles of TILE tokens, of SPLITS programs each.
     """
@@ -185,7 +184,7 @@ def read_fwd(
         tl.arange(0, BT)[:, None] * C,
         raw_ptr,
         next_packed_ptr,
-        packed_ptr if SINGLE_PASS else next_packed_ptr,
+        next_packed_ptr,
         norm_weight_ptr,
         norm_inverse_rms_ptr,
         tokens,
@@ -201,7 +200,7 @@ def read_fwd(
         MP,
         PROJECTION,
         ITERATIONS,
-        True,
+        READS,
         HAS_NORM,
         BT,
         BC,

@@ -172,8 +172,9 @@ def wide_pre_bwd(
         u_pointers = grad_u_ptr + (start * C + c) + rows * C + numbers
         grad_u = tl.load(u_pointers, mask=mask, other=0.0)
         # three uses of x: raw's product with phi, its division by the RMS, and the read
-        grad = radial[:, None] * x.to(tl.float32)
+        grad = tl.zeros([BT, BC], tl.float32)
         grad = add_projected_product(grad, projected, phi, GROUPS, TERMS, PRECISION)
+        grad = tl.fma(tl.broadcast_to(radial[:, None], grad.shape), x.to(tl.float32), grad)
         if HAS_GRAD_Y:
             grad += grad_y.to(tl.float32)
         grad = tl.fma(read[:, None], grad_u.to(tl.float32), grad)

@@ -179,11 +179,17 @@ OPERATIONS = {
 
 
 def training_step(
-    n: int, channels: int, dtype: torch.dtype, projection: str, operations: Sequence[str]
+    n: int,
+    channels: int,
+    dtype: torch.dtype,
+    projection: str,
+    operations: Sequence[str],
+    tokens: int,
 ) -> None:
     """Every launch of post, a rebuild, and of ``operations`` with their backward."""
     options = MappingOptions(projection=projection)
-    tiles, num_logits, tokens = default_tiles(n, channels, dtype), options.num_logits(n), 4096
+    num_logits = options.num_logits(n)
+    tiles = default_tiles(n, tokens, dtype)
     streams, branch = meta(tokens, n, channels, dtype=dtype), meta(tokens, channels, dtype=dtype)
     packed = meta(n * (n + 2), tokens)
     alpha_res = None if projection == "identity" else meta(1)
@@ -238,7 +244,8 @@ def main(arguments: list[str]) -> None:
     dtype = getattr(torch, given.get("dtype", "bfloat16"))
     recorders = record_launches()
     operations = given.get("operations", ",".join(OPERATIONS)).split(",")
-    training_step(*sizes, dtype, given.get("projection", "sinkhorn"), operations)
+    projection, tokens = given.get("projection", "sinkhorn"), int(given.get("T", "4096"))
+    training_step(*sizes, dtype, projection, operations, tokens)
     ends_of_a_model(*sizes, dtype)
     messages(*sizes, dtype)
     for recorder in recorders.values():

@@ -36,14 +36,25 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
     }
 
 
+def test_larger_programs_of_many_tokens_spill_nothing(tmp_path: Path) -> None:
+    """Of ``pre``, ``post_pre``, ``single_pass``, and with a norm."""
+    lines = compiled_kernels(tmp_path, "n=4", "C=1920", "T=8192", "kernels=mix_fwd")
+    assert len(lines) == 4
+    assert [line for line in lines if "stack 0," not in line] == []
+
+
 def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
-    """Of a boundary: what ``post_pre`` launches, and ``post`` alone."""
+    """Of a boundary: what ``post_pre`` launches, ``post`` alone, and a single pass, where more of a
+    token is in registers."""
     variants = {"split_wide": 1, "post_fwd": 1, "project_fwd": 1, "read_fwd": 1, "mix_bwd": 1}
     variants |= {"wide_pre_bwd": 1, "reduce_partials": 2, "wide_streams_bwd": 2}
     selection = f"kernels={','.join(variants)}"
     lines = compiled_kernels(tmp_path, "n=8", "C=2560", "operations=post_pre", selection)
     compiled = [line.partition(":")[0] for line in lines]
     assert {name: compiled.count(name) for name in variants} == variants
+    single_pass = ("operations=single_pass", "kernels=post_fwd,wide_streams_bwd")
+    lines += compiled_kernels(tmp_path, "n=8", "C=2560", *single_pass)
+    assert len(lines) == sum(variants.values()) + 4
     assert [line for line in lines if "stack 0," not in line] == []
 
 
