@@ -124,7 +124,7 @@ def wide_streams_backward(
     plan.wide_streams_bwd(
         stream,
         grad_streams,
-        scratch if plan.has_low else None,
+        scratch if plan.scale_width else None,
         grad_u if single_pass else None,
         streams,
         new_streams if single_pass else None,
@@ -175,9 +175,19 @@ def pre_backward(
     if weight is not None:
         grad = torch.empty_like(weight) if main_grad is None else main_grad
         sums = scratch if plan.has_weight_sums else grad
-    low = (scratch if plan.has_low else None,) if plan.wide else ()
+    scales = (scratch if plan.scale_width else None,) if plan.wide else ()
     plan.pre_bwd[grad_streams is not None, weight is not None](
-        stream, grad_streams, grad_u, streams, packed, scratch, scratch, factors, grad_x, *low, sums
+        stream,
+        grad_streams,
+        grad_u,
+        streams,
+        packed,
+        scratch,
+        scratch,
+        factors,
+        grad_x,
+        *scales,
+        sums,
     )
     return grad_x, grad
 

@@ -258,7 +258,7 @@ def wide_streams_bwd(
     dtype: torch.dtype,
     tile: Tile,
     has_bias: bool,
-    has_low: bool,
+    scale_width: int,
     single_pass: bool,
 ) -> Launch:
     return Launch(
@@ -266,7 +266,7 @@ def wide_streams_bwd(
         C=channels,
         N=n,
         HAS_BIAS=has_bias,
-        HAS_LOW=has_low,
+        WIDTH=scale_width,
         SINGLE_PASS=single_pass,
         BT=tile.tokens,
         BC=tile.channels,
@@ -320,7 +320,7 @@ def wide_pre_bwd(
     terms: int,
     has_grad_y: bool,
     trains: bool,
-    has_low: bool,
+    scaled: bool,
     single_pass: bool,
 ) -> Launch:
     head, tail = logit_groups(num_logits)
@@ -335,7 +335,7 @@ def wide_pre_bwd(
         TERMS=terms if parts_of(dtype) == 2 else 1,
         PRECISION=precision_of(dtype),
         HAS_GRAD_Y=has_grad_y,
-        HAS_LOW=has_low,
+        SCALED=scaled,
         SINGLE_PASS=single_pass,
         TRAINS=trains,
         INTERLEAVED=interleaves(n, dtype),

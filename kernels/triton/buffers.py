@@ -134,9 +134,12 @@ class Buffers:
         return tiles.streams_backward
 
     @cached_property
-    def has_low(self) -> bool:
-        """Whether ``wide_pre_bwd`` leaves more bits of a gradient than the streams' dtype has."""
-        return self.wide and self.has_branch and self.num_logits > 0 and self.dtype.itemsize == 2
+    def scale_width(self) -> int:
+        """Channels of a token that ``wide_pre_bwd`` leaves with a scale, so that 16 bits hold more
+        of a gradient than the streams' dtype does; 0 where there is none."""
+        if self.wide and self.has_branch and self.num_logits > 0 and self.dtype.itemsize == 2:
+            return self.call.tiles.pre_backward.channels
+        return 0
 
     @cached_property
     def splits(self) -> int:
@@ -181,7 +184,7 @@ class Buffers:
         small_sums: of alphas and bias, [2 M, programs].
         norm_sums: of a norm's weight, [programs, C].
         weight_sums: of phi, [splits, M, K].
-        low: of the gradient of the new streams, [T, K], eight bits.
+        scales: of the gradient of the new streams, [n, C / scale_width, T].
         """
         rows = 2 * (self.options.iterations - 1) * self.num_streams if self.iterates else 0
         sizes = {
@@ -191,9 +194,9 @@ class Buffers:
             "small_sums": 2 * self.num_logits * self.sum_columns,
             "norm_sums": self.read_programs * self.channels if self.has_norm else 0,
             "weight_sums": self.splits * self.num_weights if self.has_weight_sums else 0,
-            "low": self.num_tokens * self.num_streams * self.channels if self.has_low else 0,
+            "scales": self.num_scales * self.num_tokens,
         }
-        dtypes = {"projected": self.factor_dtype, "low": torch.uint8}
+        dtypes = {"projected": self.factor_dtype}
         parts, end = {}, 0
         for name, size in sizes.items():
             if size:
@@ -201,6 +204,13 @@ class Buffers:
                 parts[name] = Part(end, size, dtype)
                 end += blocks(size * dtype.itemsize, _ALIGNMENT) * _ALIGNMENT
         return parts, end // torch.float32.itemsize
+
+    @property
+    def num_scales(self) -> int:
+        """Of a token."""
+        if not self.scale_width:
+            return 0
+        return self.num_streams * blocks(self.channels, self.scale_width)
 
     def parts_of_scratch(self, **names: str) -> dict[str, Part]:
         """Those that there are, by parameter."""

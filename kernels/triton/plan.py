@@ -222,10 +222,10 @@ class Plan(Buffers):
             self.dtype,
             tile,
             self.has_bias,
-            self.has_low,
+            self.scale_width,
             self.num_logits > 0 and self.single_pass,
         )
-        parts = self.parts_of_scratch(low_ptr="low") if self.has_low else {}
+        parts = self.parts_of_scratch(scale_ptr="scales") if self.scale_width else {}
         grid = (blocks(self.num_tokens, tile.tokens),)
         return Prepared(kernel, grid, (self.num_tokens,), parts)
 
@@ -247,12 +247,12 @@ class Plan(Buffers):
         grid = blocks(self.channels, tile.channels) * n, blocks(self.num_tokens, split)
         sizes = n, self.channels, self.num_logits, self.dtype, tile, split, tiles.product_terms
         parts = {"projected_ptr": "projected", "radial_ptr": "radial"}
-        if self.has_low:
-            parts["low_ptr"] = "low"
+        if self.scale_width:
+            parts["scale_ptr"] = "scales"
         found = {}
         for has_grad_y, trains in itertools.product((False, True), repeat=2):
             if self.wide:
-                modes = self.has_low, self.single_pass
+                modes = self.scale_width > 0, self.single_pass
                 kernel = bound.wide_pre_bwd(*sizes, has_grad_y, trains, *modes)
             else:
                 kernel = bound.pre_bwd(*sizes, has_grad_y, trains)

@@ -239,23 +239,18 @@ def lane_sums(product, BT: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr)
 
 
 @triton.jit
-def upper_bits(tile):
-    """Of float32 the upper 24 bits, sixteen and eight; what is left out is below 2^-15 of it."""
-    bits = tile.to(tl.uint32, bitcast=True) >> 8
-    return (bits >> 8).to(tl.uint16), (bits & 0xFF).to(tl.uint8)
+def scaled_half(tile):
+    """A float32 tile in float16, and by what its rows have to be multiplied: 11 bits of every
+    number that is not far below the largest of its row."""
+    # Of a row that vanishes, or nearly, what it is divided by does not.
+    peak = tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)
+    return (tile * (16384.0 / peak)[:, None]).to(tl.float16), peak * (1.0 / 16384.0)
 
 
 @triton.jit
-def from_upper_bits(high, low):
-    """The inverse; zeros for the bits left out."""
-    bits = (high.to(tl.uint32) << 16) | (low.to(tl.uint32) << 8)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def as_bits(pointer):
-    """A pointer to 16-bit numbers as one to their bits."""
-    return pointer.to(tl.pointer_type(tl.uint16), bitcast=True)
+def as_half(pointer):
+    """A pointer to 16-bit numbers as one to float16."""
+    return pointer.to(tl.pointer_type(tl.float16), bitcast=True)
 
 
 @triton.jit

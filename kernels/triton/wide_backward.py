@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from mhc_megatron.kernels.triton.tile_math import (
-    as_bits,
+    as_half,
     channel_mask,
-    from_upper_bits,
     lane_sums,
     load_coefficients,
     token_rows,
@@ -21,9 +20,34 @@ from mhc_megatron.kernels.triton.tile_math import (
 
 
 @triton.jit
+def load_scales(
+    scale_ptr,
+    o: tl.constexpr,
+    c,
+    tokens,
+    live,
+    T,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Of a chunk of stream o, [BT, BC]: a number for WIDTH channels."""
+    ROWS: tl.constexpr = (C + WIDTH - 1) // WIDTH
+    columns = tl.arange(0, BC)[None, :]
+    scales = tl.zeros([BT, BC], tl.float32)
+    for piece in tl.static_range((BC + WIDTH - 1) // WIDTH):
+        row = (c + piece * WIDTH) // WIDTH
+        pointers = scale_ptr + (o * ROWS + row) * T + tokens
+        scale = tl.load(pointers, mask=live & (row < ROWS), other=0.0)
+        scales = tl.where(columns // WIDTH == piece, scale[:, None], scales)
+    return scales
+
+
+@triton.jit
 def wide_streams_bwd(
     grad_y_ptr,
-    low_ptr,
+    scale_ptr,
     grad_u_ptr,
     x_ptr,
     y_ptr,
@@ -37,7 +61,7 @@ def wide_streams_bwd(
     C: tl.constexpr,
     N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_LOW: tl.constexpr,
+    WIDTH: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -46,8 +70,9 @@ def wide_streams_bwd(
 ):
     """Gradients of the streams, the branch and the mappings of BT tokens.
 
-    ``grad_y``: of the new streams; with HAS_LOW the upper bits of it, of which the lower are in
-    ``low``. ``grad_x`` may be its memory: a chunk is written when all of it has been read.
+    ``grad_y``: of the new streams; with WIDTH float16, of which WIDTH channels of a token are to be
+    multiplied by a number of ``scale``, [n, C / WIDTH, T]. ``grad_x`` may be its memory: a chunk is
+    written when all of it has been read.
     SINGLE_PASS: the mappings also read the new streams, y, and ``grad_u`` is of what they read.
     """
     T = tl.cast(T, tl.int64)
@@ -59,8 +84,6 @@ def wide_streams_bwd(
     x_ptr += first * K
     grad_x_ptr += first * K
     grad_y_ptr += first * K
-    if HAS_LOW:
-        low_ptr += first * K
     branch_ptr += first * C
     grad_branch_ptr += first * C
     post_sums = zero_sums(N, BT, BC // VECTOR)
@@ -81,16 +104,17 @@ def wide_streams_bwd(
         branch = with_bias(branch, branch_bias_ptr, c + columns, HAS_BIAS, C)
         # All of the chunk is on its way before the first number is used.
         xs = ()
-        highs = ()
-        lows = ()
+        given = ()
+        scales = ()
         for o in tl.static_range(N):
             offsets = rows + (o * C + c + columns)[None, :]
             xs = xs + (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
-            if HAS_LOW:
-                highs = highs + (tl.load(as_bits(grad_y_ptr) + offsets, mask=mask, other=0),)
-                lows = lows + (tl.load(low_ptr + offsets, mask=mask, other=0),)
+            if WIDTH > 0:
+                given = given + (tl.load(as_half(grad_y_ptr) + offsets, mask=mask, other=0.0),)
+                scale = load_scales(scale_ptr, o, c, tokens, live, T, C, WIDTH, BT, BC)
+                scales = scales + (scale,)
             else:
-                highs = highs + (tl.load(grad_y_ptr + offsets, mask=mask, other=0.0),)
+                given = given + (tl.load(grad_y_ptr + offsets, mask=mask, other=0.0),)
         if SINGLE_PASS:
             u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
@@ -102,10 +126,9 @@ def wide_streams_bwd(
         grads = ()
         next_post_sums = ()
         for o in tl.static_range(N):
-            if HAS_LOW:
-                grad = from_upper_bits(highs[o], lows[o])
-            else:
-                grad = highs[o].to(tl.float32)
+            grad = given[o].to(tl.float32)
+            if WIDTH > 0:
+                grad *= scales[o]
             # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
             post_sum = post_sums[o] + lane_sums(grad * branch, BT, BC, VECTOR)
             next_post_sums = next_post_sums + (post_sum,)

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from mhc_megatron.kernels.triton.tile_math import (
-    as_bits,
+    as_half,
     channel_mask,
     dot,
     interleaved_place,
     load_radial,
     phi_pointers,
-    upper_bits,
+    scaled_half,
 )
 
 
@@ -98,7 +98,7 @@ def wide_pre_bwd(
     radial_ptr,
     weight_ptr,
     grad_x_ptr,
-    low_ptr,
+    scale_ptr,
     weight_partial_ptr,
     T,
     C: tl.constexpr,
@@ -110,7 +110,7 @@ def wide_pre_bwd(
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_GRAD_Y: tl.constexpr,
-    HAS_LOW: tl.constexpr,
+    SCALED: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     TRAINS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -120,8 +120,9 @@ def wide_pre_bwd(
 ):
     """``pre_bwd``; ``weight`` is that of ``split_wide`` where INTERLEAVED.
 
-    With HAS_LOW the gradient is for ``wide_streams_bwd``: its upper bits are in ``grad_x``, and
-    eight more in ``low``, [T, K].
+    With SCALED the gradient is for ``wide_streams_bwd``, whose sums want more bits of it than
+    bfloat16 has: ``grad_x`` has it in float16, BC channels of a token by a number of ``scale``,
+    [n, C / BC, T].
 
     Only what a product takes is loaded ahead. Products for phi's gradient come before those with
     phi, which are waited for, so that both have ended before the next tiles are loaded; see
@@ -179,10 +180,11 @@ def wide_pre_bwd(
             grad += grad_y.to(tl.float32)
         grad = tl.fma(read[:, None], grad_u.to(tl.float32), grad)
         places = at + rows * K + numbers
-        if HAS_LOW:
-            high, low = upper_bits(grad)
-            tl.store(as_bits(grad_x_ptr) + places, high, mask=mask)
-            tl.store(low_ptr + places, low, mask=mask)
+        if SCALED:
+            half, scale = scaled_half(grad)
+            tl.store(as_half(grad_x_ptr) + places, half, mask=mask)
+            row = stream * ((C + BC - 1) // BC) + c // BC
+            tl.store(scale_ptr + (row * T + start) + tokens, scale, mask=live)
         else:
             tl.store(grad_x_ptr + places, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
     if TRAINS:

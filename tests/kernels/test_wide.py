@@ -67,7 +67,41 @@ def test_no_more_programs_walk_through_iterations_than_read_streams(device: torc
     compare(case, operands(case, device), tiles=tiles)
 
 
-def test_the_upper_bits_of_what_is_not_finite(device: torch.device) -> None:
+def test_scaled_gradients_have_scaled_gradients(device: torch.device) -> None:
+    """By a power of two to the bit: what one kernel leaves to the next has 16 bits and a scale."""
+    case = Case(n=8, tokens=5, channels=72, dtype=torch.bfloat16)
+    leaves = operands(case, device)
+    gradients = random_gradients(run_reference(case, leaves))
+    tiles = replace(
+        default_tiles(case.n, case.tokens, case.dtype),
+        pre_backward=Tile(tokens=16, channels=16, num_stages=1),
+        post_backward=Tile(tokens=4, channels=64, num_stages=1),
+    )
+    found = with_gradients(lambda x: run_kernels(case, x, tiles=tiles), leaves, gradients)
+    for factor in (2.0**-40, 2.0**20):
+        scaled = {name: gradient * factor for name, gradient in gradients.items()}
+        expected = with_gradients(lambda x: run_kernels(case, x, tiles=tiles), leaves, scaled)
+        for name, gradient in found.items():
+            if name.startswith("d_"):
+                # The mappings of the sublayer that ends do not read.
+                assert gradient.any() == (name != "d_mix_pre"), name
+                assert torch.equal(gradient * factor, expected[name]), name
+
+
+def test_tokens_without_a_gradient_have_none(device: torch.device) -> None:
+    """And do not divide by nothing."""
+    case = Case(n=8, tokens=3, channels=24, dtype=torch.bfloat16)
+    leaves = operands(case, device)
+    gradients = {
+        name: torch.zeros_like(gradient)
+        for name, gradient in random_gradients(run_reference(case, leaves)).items()
+    }
+    found = with_gradients(lambda x: run_kernels(case, x), leaves, gradients)
+    for name, gradient in found.items():
+        assert not name.startswith("d_") or not gradient.any(), name
+
+
+def test_what_is_not_finite_stays_so(device: torch.device) -> None:
     """What overflowed shows in all gradients that it is in, as if all bits were kept."""
     case = Case(n=8, tokens=3, channels=24, dtype=torch.bfloat16)
     leaves = operands(case, device)
