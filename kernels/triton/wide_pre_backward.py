@@ -124,8 +124,10 @@ def wide_pre_bwd(
     bfloat16 has: ``grad_x`` has it in float16, BC channels of a token by a number of ``scale``,
     [n, C / BC, T].
 
-    Only what a product takes is loaded ahead. Products for phi's gradient come before those with
-    phi, which are waited for, so that both have ended before the next tiles are loaded; see
+    Only what a product takes is loaded ahead of its iteration. The rest is on its way during the
+    products, as long as nothing else is loaded before them: with ``radial`` there as well, the
+    assembler has all of it wait for the last product. Products for phi's gradient come before those
+    with phi, which are waited for, so that both have ended before the next tiles are loaded; see
     ``through_registers``.
     """
     T = tl.cast(T, tl.int64)
@@ -156,7 +158,11 @@ def wide_pre_bwd(
         at = start * K + stream * C + c
         projected = load_projected_rows(projected_ptr, start, live, T, M, HEAD, TAIL, PARTS, BT)
         x = tl.load(x_ptr + at + rows * K + numbers, mask=mask, other=0.0)
-        radial = load_radial(radial_ptr + start, tokens, live, T, SINGLE_PASS)
+        if HAS_GRAD_Y:
+            grad_y = tl.load(grad_y_ptr + at + rows * K + numbers, mask=mask, other=0.0)
+        read = tl.load(packed_ptr + (stream * T + start) + tokens, mask=live, other=0.0)
+        u_pointers = grad_u_ptr + (start * C + c) + rows * C + numbers
+        grad_u = tl.load(u_pointers, mask=mask, other=0.0)
         if TRAINS:
             # grad_phi = grad_projected^T vec(x)
             factor = tl.trans(x.to(projected_ptr.dtype.element_ty))
@@ -167,14 +173,10 @@ def wide_pre_bwd(
             for part in tl.static_range(PARTS):
                 right = tl.trans(projected[part * GROUPS])
                 head_sums = dot(factor, right, head_sums, PRECISION)
-        if HAS_GRAD_Y:
-            grad_y = tl.load(grad_y_ptr + at + rows * K + numbers, mask=mask, other=0.0)
-        read = tl.load(packed_ptr + (stream * T + start) + tokens, mask=live, other=0.0)
-        u_pointers = grad_u_ptr + (start * C + c) + rows * C + numbers
-        grad_u = tl.load(u_pointers, mask=mask, other=0.0)
         # three uses of x: raw's product with phi, its division by the RMS, and the read
         grad = tl.zeros([BT, BC], tl.float32)
         grad = add_projected_product(grad, projected, phi, GROUPS, TERMS, PRECISION)
+        radial = load_radial(radial_ptr + start, tokens, live, T, SINGLE_PASS)
         grad = tl.fma(tl.broadcast_to(radial[:, None], grad.shape), x.to(tl.float32), grad)
         if HAS_GRAD_Y:
             grad += grad_y.to(tl.float32)
