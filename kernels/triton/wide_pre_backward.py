@@ -124,11 +124,9 @@ def wide_pre_bwd(
     bfloat16 has: ``grad_x`` has it in float16, BC channels of a token by a number of ``scale``,
     [n, C / BC, T].
 
-    Only what a product takes is loaded ahead of its iteration. The rest is on its way during the
-    products, as long as nothing else is loaded before them: with ``radial`` there as well, the
-    assembler has all of it wait for the last product. Products for phi's gradient come before those
-    with phi, which are waited for, so that both have ended before the next tiles are loaded; see
-    ``through_registers``.
+    Only what a product takes is loaded ahead of its iteration. Products for phi's gradient come
+    before those with phi, which are waited for, so that both have ended before the next tiles are
+    loaded; see ``through_registers``.
     """
     T = tl.cast(T, tl.int64)
     K: tl.constexpr = N * C
@@ -156,13 +154,15 @@ def wide_pre_bwd(
         live = tokens < tl.cast(last - start, tl.int32)
         mask = channel_mask(live, c, C, BC)
         at = start * K + stream * C + c
-        projected = load_projected_rows(projected_ptr, start, live, T, M, HEAD, TAIL, PARTS, BT)
-        x = tl.load(x_ptr + at + rows * K + numbers, mask=mask, other=0.0)
+        # What is added to the products is on its way before the tiles that they take are waited
+        # for: behind that, the assembler may have it wait until the products have ended.
         if HAS_GRAD_Y:
             grad_y = tl.load(grad_y_ptr + at + rows * K + numbers, mask=mask, other=0.0)
         read = tl.load(packed_ptr + (stream * T + start) + tokens, mask=live, other=0.0)
         u_pointers = grad_u_ptr + (start * C + c) + rows * C + numbers
         grad_u = tl.load(u_pointers, mask=mask, other=0.0)
+        projected = load_projected_rows(projected_ptr, start, live, T, M, HEAD, TAIL, PARTS, BT)
+        x = tl.load(x_ptr + at + rows * K + numbers, mask=mask, other=0.0)
         if TRAINS:
             # grad_phi = grad_projected^T vec(x)
             factor = tl.trans(x.to(projected_ptr.dtype.element_ty))

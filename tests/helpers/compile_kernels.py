@@ -4,8 +4,9 @@
     python tests/helpers/compile_kernels.py n=8 operations=post_pre kernels=mix_bwd,read_fwd
 
 Launches with tensors of no storage are recorded and compiled instead of run; TRITON_INTERPRET must
-not be set. Prints registers, spills and shared memory of each kernel, and fails where one needs
-more shared memory than a multiprocessor has, or loads over what a product still reads.
+not be set. Prints registers, spills and shared memory of each kernel, and how many of its loads
+are issued behind a product; fails where one needs more shared memory than a multiprocessor has, or
+loads over what a product still reads.
 """
 
 import re
@@ -96,7 +97,9 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
     )
     overwritten = overwritten_tiles(compiled.asm["ttgir"])
     assert not overwritten, f"{recorder.kernel.__name__}: {overwritten}"
-    return f"{recorder.kernel.__name__}: {resources(compiled.asm['cubin'])}, shared memory {shared}"
+    cubin = compiled.asm["cubin"]
+    found = f"{resources(cubin)}, shared memory {shared}, late loads {late_loads(cubin)}"
+    return f"{recorder.kernel.__name__}: {found}"
 
 
 def overwritten_tiles(ttgir: str) -> list[str]:
@@ -121,17 +124,27 @@ def overwritten_tiles(ttgir: str) -> list[str]:
 
 
 def resources(cubin: bytes) -> str:
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dumped(cubin, "--dump-resource-usage"))
+    return f"registers {found[1]}, stack {found[2]}" if found else "no cuobjdump"
+
+
+def late_loads(cubin: bytes) -> int:
+    """Loads of 16 bytes into registers behind the first product of a Hopper tensor core, whose
+    iteration waits for all of their latency unless something else is there to do."""
+    _, _, behind = dumped(cubin, "--dump-sass").partition("HGMMA")
+    return len(re.findall(r"\bLDG\.\S*128", behind))
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of a compiled kernel; nothing where Triton comes without it."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
-        return "no cuobjdump"
+        return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
-    assert found is not None
-    return f"registers {found[1]}, stack {found[2]}"
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def record_launches() -> dict[str, Recorder]:

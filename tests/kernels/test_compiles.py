@@ -52,10 +52,14 @@ def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
     lines = compiled_kernels(tmp_path, "n=8", "C=2560", "operations=post_pre", selection)
     compiled = [line.partition(":")[0] for line in lines]
     assert {name: compiled.count(name) for name in variants} == variants
-    single_pass = ("operations=single_pass", "kernels=post_fwd,wide_streams_bwd")
-    lines += compiled_kernels(tmp_path, "n=8", "C=2560", *single_pass)
-    assert len(lines) == sum(variants.values()) + 4
+    selection = "kernels=post_fwd,wide_pre_bwd,wide_streams_bwd"
+    lines += compiled_kernels(tmp_path, "n=8", "C=2560", "operations=single_pass", selection)
+    assert len(lines) == sum(variants.values()) + 5
     assert [line for line in lines if "stack 0," not in line] == []
+    # A late one of a boundary takes a fifth of the kernel's time.
+    waits = [line for line in lines if line.startswith("wide_pre_bwd")]
+    assert len(waits) == 2
+    assert [line for line in waits if not line.endswith("late loads 0")] == []
 
 
 def test_a_tile_that_registers_and_a_running_product_read_is_found() -> None:
