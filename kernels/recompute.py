@@ -120,10 +120,11 @@ def rebuild(
     for weight in weights:
         checks.check_kernel_operands(norm_weight=weight)
     from mhc_megatron.kernels.triton import launch
+    from mhc_megatron.kernels.triton.arguments import Shape
     from mhc_megatron.kernels.triton.tiles import default_tiles
 
-    n, channels = streams.shape[-2:]
-    tiles = tiles or default_tiles(n, streams.numel() // (n * channels), streams.dtype)
+    num_tokens, n, _ = Shape.of(streams)
+    tiles = tiles or default_tiles(n, num_tokens, streams.dtype)
     launch.rebuild(
         streams,
         branches,

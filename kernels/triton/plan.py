@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels.options import NORM_EPS, MappingOptions
 from mhc_megatron.kernels.triton import bound
-from mhc_megatron.kernels.triton.arguments import INTERPRETED, blocks
+from mhc_megatron.kernels.triton.arguments import INTERPRETED, Shape, blocks
 from mhc_megatron.kernels.triton.buffers import Buffers, Call
 from mhc_megatron.kernels.triton.compiled import Prepared, current_stream
 from mhc_megatron.kernels.triton.tiles import Tiles, default_tiles
@@ -40,8 +40,7 @@ def plan_of(
         options, tiles, single_pass, accumulates, norm_eps, flat: as of ``Call``; here the streams
             are [..., n, C] also if they are to be given as [..., n*C].
     """
-    n, channels = streams.shape[-2:]
-    num_tokens = streams.numel() // (n * channels)
+    num_tokens, n, channels = Shape.of(streams)
     branch_dtype, bias_dtype, norm_dtype = (
         None if tensor is None else tensor.dtype for tensor in (branch, branch_bias, norm_weight)
     )

@@ -13,6 +13,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     lane_sums,
     load_coefficients,
+    load_streams,
     token_rows,
     with_bias,
     zero_sums,
@@ -37,7 +38,7 @@ def load_scales(
     columns = tl.arange(0, BC)[None, :]
     scales = tl.zeros([BT, BC], tl.float32)
     for piece in tl.static_range((BC + WIDTH - 1) // WIDTH):
-        row = (c + piece * WIDTH) // WIDTH
+        row = c // WIDTH + piece
         pointers = scale_ptr + (o * ROWS + row) * T + tokens
         scale = tl.load(pointers, mask=live & (row < ROWS), other=0.0)
         scales = tl.where(columns // WIDTH == piece, scale[:, None], scales)
@@ -84,6 +85,8 @@ def wide_streams_bwd(
     x_ptr += first * K
     grad_x_ptr += first * K
     grad_y_ptr += first * K
+    if WIDTH > 0:
+        grad_y_ptr = as_half(grad_y_ptr)
     branch_ptr += first * C
     grad_branch_ptr += first * C
     post_sums = zero_sums(N, BT, BC // VECTOR)
@@ -109,19 +112,14 @@ def wide_streams_bwd(
         for o in tl.static_range(N):
             offsets = rows + (o * C + c + columns)[None, :]
             xs = xs + (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
+            given = given + (tl.load(grad_y_ptr + offsets, mask=mask, other=0.0),)
             if WIDTH > 0:
-                given = given + (tl.load(as_half(grad_y_ptr) + offsets, mask=mask, other=0.0),)
                 scale = load_scales(scale_ptr, o, c, tokens, live, T, C, WIDTH, BT, BC)
                 scales = scales + (scale,)
-            else:
-                given = given + (tl.load(grad_y_ptr + offsets, mask=mask, other=0.0),)
         if SINGLE_PASS:
             u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
             grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
-            ys = ()
-            for i in tl.static_range(N):
-                offsets = rows + (i * C + c + columns)[None, :]
-                ys = ys + (tl.load(y_ptr + offsets, mask=mask, other=0.0),)
+            ys = load_streams(y_ptr + rows, c, mask, N, C, BC, "")
         grad_branch = tl.zeros([BT, BC], tl.float32)
         grads = ()
         next_post_sums = ()
@@ -140,8 +138,7 @@ def wide_streams_bwd(
         if SINGLE_PASS:
             next_read_sums = ()
             for i in tl.static_range(N):
-                product = grad_u * ys[i].to(tl.float32)
-                read_sum = read_sums[i] + lane_sums(product, BT, BC, VECTOR)
+                read_sum = read_sums[i] + lane_sums(grad_u * ys[i], BT, BC, VECTOR)
                 next_read_sums = next_read_sums + (read_sum,)
             read_sums = next_read_sums
         next_res_sums = ()

@@ -177,7 +177,7 @@ def wide_pre_bwd(
         grad = tl.zeros([BT, BC], tl.float32)
         grad = add_projected_product(grad, projected, phi, GROUPS, TERMS, PRECISION)
         radial = load_radial(radial_ptr + start, tokens, live, T, SINGLE_PASS)
-        grad = tl.fma(tl.broadcast_to(radial[:, None], grad.shape), x.to(tl.float32), grad)
+        grad = tl.fma(radial[:, None], x.to(tl.float32), grad)
         if HAS_GRAD_Y:
             grad += grad_y.to(tl.float32)
         grad = tl.fma(read[:, None], grad_u.to(tl.float32), grad)

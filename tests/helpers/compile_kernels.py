@@ -97,8 +97,7 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
     )
     overwritten = overwritten_tiles(compiled.asm["ttgir"])
     assert not overwritten, f"{recorder.kernel.__name__}: {overwritten}"
-    cubin = compiled.asm["cubin"]
-    found = f"{resources(cubin)}, shared memory {shared}, late loads {late_loads(cubin)}"
+    found = f"{resources(compiled.asm['cubin'])}, shared memory {shared}"
     return f"{recorder.kernel.__name__}: {found}"
 
 
@@ -124,27 +123,24 @@ def overwritten_tiles(ttgir: str) -> list[str]:
 
 
 def resources(cubin: bytes) -> str:
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dumped(cubin, "--dump-resource-usage"))
-    return f"registers {found[1]}, stack {found[2]}" if found else "no cuobjdump"
-
-
-def late_loads(cubin: bytes) -> int:
-    """Loads of 16 bytes into registers behind the first product of a Hopper tensor core, whose
-    iteration waits for all of their latency unless something else is there to do."""
-    _, _, behind = dumped(cubin, "--dump-sass").partition("HGMMA")
-    return len(re.findall(r"\bLDG\.\S*128", behind))
-
-
-def dumped(cubin: bytes, what: str) -> str:
-    """What cuobjdump says of a compiled kernel; nothing where Triton comes without it."""
+    """Registers and bytes that are spilled, and of a kernel with a Hopper tensor core's products
+    its late loads: of 16 bytes into registers, behind the first product. An iteration waits for all
+    of their latency, unless something else is there to do."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
-        return ""
+        return "no cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    assert found is not None
+    text = f"registers {found[1]}, stack {found[2]}"
+    _, product, behind = out.partition("HGMMA")
+    if product:
+        text += f", late loads {len(re.findall(r'LDG[.][^ ]*128', behind))}"
+    return text
 
 
 def record_launches() -> dict[str, Recorder]:
