@@ -107,7 +107,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         # The forward in the default tiles where it is not measured.
         default = plan_of(*post[:3], options=options())
         plan = plan_of(*post[:3], options=options(), tiles=tiles)
-        factors = launch.factor_weight(default, None, one.weight)
+        factors, kept_factors = launch.factor_weight(plan, None, one.weight)
         mixed = (None, *post, factors, parameters, None)
         if kernel in ("mix", "project"):
             made.append(partial(launch.mix, plan, *mixed))
@@ -119,7 +119,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         first = (streams, one.grad_u, one.grad_packed, raw, packed, parameters, None, None)
         mix_backward = partial(backward_launch.mix_backward, plan, None, scratch, *first)
         mix_backward()
-        read = (one.grad_u, packed, factors)
+        read = (one.grad_u, packed, kept_factors)
         if kernel == "mix_backward":
             made.append(mix_backward)
         elif kernel == "weight_backward":

@@ -5,15 +5,13 @@ from itertools import permutations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton.forward import mix_fwd
+from mhc_megatron.kernels.triton.tile_math import INTERPRETED as _INTERPRETED
 from mhc_megatron.kernels.triton.tiles import Tile
 
-# Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU.
-INTERPRETED = not isinstance(mix_fwd, triton.JITFunction)
+INTERPRETED = bool(_INTERPRETED)
 
 
 class Parameters(NamedTuple):
@@ -47,8 +45,6 @@ def parts_of(dtype: torch.dtype) -> int:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How tensor cores multiply: float16 is exact in tf32, and three products restore phi."""
-    if INTERPRETED:
-        return "interpreter"
     return {torch.bfloat16: "ieee", torch.float16: "tf32x3", torch.float32: "ieee"}[dtype]
 
 

@@ -43,13 +43,15 @@ def interleaves(n: int, dtype: torch.dtype) -> bool:
 
 
 @cache
-def split_weight(n: int, channels: int, num_logits: int, dtype: torch.dtype) -> Launch:
+def split_weight(n: int, channels: int, num_logits: int, dtype: torch.dtype, width: int) -> Launch:
     return Launch(
         forward.split_weight,
         SIZE=num_logits * n * channels,
         C=channels,
         N=n,
         INTERLEAVED=interleaves(n, dtype),
+        ROWS=logit_rows(num_logits, dtype),
+        WIDTH=width,
         BLOCK=ELEMENTS,
         num_warps=4,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import bound
-from mhc_megatron.kernels.triton.arguments import blocks, matrices_of, parts_of
+from mhc_megatron.kernels.triton.arguments import blocks, logit_rows, matrices_of, parts_of
 from mhc_megatron.kernels.triton.compiled import Part
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
@@ -103,6 +103,21 @@ class Buffers:
     def shape_of_factors(self) -> tuple[int, ...]:
         """Of phi's parts."""
         return shape_of_factors(self.num_streams, self.num_logits, self.channels)
+
+    @cached_property
+    def chunk_width(self) -> int:
+        """Channels of a chunk of phi's parts, as the forward of up to four streams takes them; 0
+        where it takes them as the backward does."""
+        if self.wide or not bound.interleaves(self.num_streams, self.dtype):
+            return 0
+        return self.call.tiles.mix.channels
+
+    @cached_property
+    def shape_of_chunks(self) -> tuple[int, ...]:
+        """Of these chunks."""
+        width = self.chunk_width
+        rows = self.parts * logit_rows(self.num_logits, self.dtype)
+        return blocks(self.channels, width), rows, self.num_streams * width
 
     def programs_of(self, tile: Tile, numbers: int) -> int:
         """Of a kernel whose programs may share so many numbers of a token."""

@@ -9,7 +9,6 @@ from mhc_megatron.kernels.triton.tile_math import (
     GROUP,
     channel_mask,
     dot,
-    interleave,
     interleaved_place,
     load_branch,
     load_coefficients,
@@ -18,8 +17,10 @@ from mhc_megatron.kernels.triton.tile_math import (
     post_mix_stream,
     pre_mix,
     rounded,
+    side_by_side,
     span_of,
     token_rows,
+    widened,
 )
 
 
@@ -27,16 +28,21 @@ from mhc_megatron.kernels.triton.tile_math import (
 def split_weight(
     weight_ptr,
     split_ptr,
+    chunks_ptr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """float32 phi as bfloat16 high and low parts, [2, SIZE]; their sum has 16 bits of mantissa.
 
     Products with bfloat16 streams are then exact in float32, where tf32 would round phi to 11 bits.
-    INTERLEAVED has them in the order of ``interleave``.
+    INTERLEAVED has them in the order of ``separate``, for the backward, and also in ``chunks``,
+    [ceil(C / WIDTH), 2 ROWS, N * WIDTH]: what ``mix_fwd`` multiplies at a time is one piece of
+    memory, with each part in the first of ROWS rows, and its streams one after the other.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
@@ -44,12 +50,25 @@ def split_weight(
     if INTERLEAVED:
         # The inverse of ``interleaved_place``.
         column = offsets % (N * C)
-        channel = column // (N * GROUP) * GROUP + column % GROUP
-        source = offsets - column + column // GROUP % N * C + channel
+        stream, channel = column // GROUP % N, column // (N * GROUP) * GROUP + column % GROUP
+        source = in_groups(offsets - column + stream * C + channel)
     weight = tl.load(weight_ptr + source, mask=mask)
     high = weight.to(tl.bfloat16)
+    low = (weight - high.to(tl.float32)).to(tl.bfloat16)
     tl.store(split_ptr + offsets, high, mask=mask)
-    tl.store(split_ptr + SIZE + offsets, (weight - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    tl.store(split_ptr + SIZE + offsets, low, mask=mask)
+    if INTERLEAVED:
+        PART: tl.constexpr = ROWS * N * WIDTH
+        place = channel // WIDTH * (2 * PART) + offsets // (N * C) * (N * WIDTH)
+        place = in_groups(place + stream * WIDTH + channel % WIDTH)
+        tl.store(chunks_ptr + place, high, mask=mask)
+        tl.store(chunks_ptr + PART + place, low, mask=mask)
+
+
+@triton.jit
+def in_groups(offsets):
+    """Offsets of GROUP neighbours each, which the compiler does not see and would move singly."""
+    return tl.max_contiguous(tl.multiple_of(offsets, [GROUP]), [GROUP])
 
 
 @triton.jit
@@ -62,7 +81,7 @@ def split_wide(
     MP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """``split_weight`` for many streams: [K, 2 M], K in the order of ``interleave``.
+    """``split_weight`` for many streams: [K, 2 M], K in the order of ``interleaved_place``.
 
     A chunk of channels of all streams is then one piece of memory. BC channels of one stream.
     """
@@ -164,7 +183,7 @@ def write_read(
             stored = u.to(u_ptr.dtype.element_ty)
             tl.store(u_pointers, stored, mask=mask)
             if HAS_NORM:
-                wide = stored.to(tl.float32)
+                wide = widened(stored)
                 u_squares += wide * wide
         if HAS_NORM:
             # v = w u / sqrt(mean(u^2) + eps), in u's place
@@ -217,9 +236,9 @@ def mix_fwd(
     """``post_pre`` of BT tokens; without HAS_POST ``pre``, whose y is x and is not written.
 
     SINGLE_PASS reads the new streams with the coefficients that ``packed`` holds, so that nothing
-    has to be read twice. ``weight`` is phi, [PARTS, M, K]; INTERLEAVED, a chunk of channels of all
-    streams is one product, which tensor cores start once instead of n times. HAS_NORM, which is
-    not for SINGLE_PASS, normalises u and stores 1/RMS, [T].
+    has to be read twice. ``weight`` is phi, [PARTS, M, K], or INTERLEAVED ``split_weight``'s chunks
+    of BC channels: all streams of one are one product, which tensor cores start once instead of n
+    times. HAS_NORM, which is not for SINGLE_PASS, normalises u and stores 1/RMS, [T].
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -238,7 +257,10 @@ def mix_fwd(
 
     # phi's parts one below the other: one product with M = 64 rows for n = 4.
     m = tl.arange(0, PARTS * MP) % MP
-    weight_rows = weight_ptr + ((tl.arange(0, PARTS * MP) // MP) * M + m)[:, None] * K
+    if INTERLEAVED:
+        weight_rows = weight_ptr + tl.arange(0, PARTS * MP)[:, None] * (N * BC)
+    else:
+        weight_rows = weight_ptr + ((tl.arange(0, PARTS * MP) // MP) * M + m)[:, None] * K
     projected = tl.zeros([PARTS * MP, BT], tl.float32)
     squares = tl.zeros([BT, BC], tl.float32)
     # L2 is kept for what is read again: the new streams.
@@ -247,8 +269,8 @@ def mix_fwd(
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
         channels = c + tl.arange(0, BC)
-        x = load_streams(x_ptr + rows, c, mask, N, C, BC, X_EVICTION)
         if HAS_POST:
+            x = load_streams(x_ptr + rows, c, mask, N, C, BC, X_EVICTION)
             branch = load_branch(
                 branch_ptr + branch_rows, branch_bias_ptr, c, mask, HAS_BIAS, C, BC
             )
@@ -259,13 +281,14 @@ def mix_fwd(
             if HAS_POST:
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f, rounded to the streams' dtype
                 y = post_mix_stream(x, branch, post, res, o, N)
-                y = rounded(y, y_ptr.dtype.element_ty, PRECISION)
+                y = rounded(y, y_ptr.dtype.element_ty)
                 y_pointers = y_ptr + rows + (o * C + channels)[None, :]
                 tl.store(y_pointers, y, mask=mask, eviction_policy=Y_EVICTION)
             else:
-                y = x[o].to(x_ptr.dtype.element_ty)
+                pointers = x_ptr + rows + (o * C + channels)[None, :]
+                y = tl.load(pointers, mask=mask, other=0.0, eviction_policy=X_EVICTION)
             # vec(x) phi and mean(vec(x)^2)
-            wide = y.to(tl.float32)
+            wide = widened(y)
             squares += wide * wide
             if INTERLEAVED:
                 ys = ys + (y,)
@@ -276,9 +299,13 @@ def mix_fwd(
             if SINGLE_PASS:
                 u = tl.fma(read[o][:, None], wide, u)
         if INTERLEAVED:
-            columns = c * N + tl.arange(0, N * BC)
-            weight = load_weight(weight_rows, columns, columns < K, m < M)
-            projected = dot(weight, tl.trans(interleave(ys, N, BT, BC)), projected, PRECISION)
+            numbers = tl.arange(0, N * BC)[None, :]
+            weight_mask = (m < M)[:, None]
+            if C % BC != 0:
+                weight_mask = weight_mask & (c + numbers % BC < C)
+            weight_chunk = weight_rows + c * (PARTS * MP * N) + numbers
+            weight = tl.load(weight_chunk, mask=weight_mask, other=0.0)
+            projected = dot(weight, tl.trans(side_by_side(ys, N, BT, BC)), projected, PRECISION)
         if SINGLE_PASS:
             u_pointers = u_ptr + branch_rows + channels[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
@@ -370,7 +397,7 @@ def post_fwd(
             y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)
             if READS:
-                ys = ys + (y.to(tl.float32),)
+                ys = ys + (widened(y),)
         if READS:
             u = pre_mix(ys, read, N).to(u_ptr.dtype.element_ty)
             tl.store(u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :], u, mask=mask)

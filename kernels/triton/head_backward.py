@@ -14,6 +14,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_coefficients,
     load_streams,
     token_rows,
+    widened,
     zero_sums,
 )
 
@@ -87,7 +88,7 @@ def learned_weights_bwd(
         mask = channel_mask(live, c, C, BC)
         x = load_streams(x_rows, c, mask, N, C, BC, "")
         pointers = grad_rows + (c + tl.arange(0, BC))[None, :]
-        grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        grad = widened(tl.load(pointers, mask=mask, other=0.0))
         # h = sum_i w[i] x[i]: grad_w[i] = sum_c grad_h x[i]
         added = ()
         for i in tl.static_range(N):
@@ -164,7 +165,7 @@ def learned_streams_bwd(
         mask = channel_mask(live, c, C, BC)
         x = load_streams(x_ptr + start * K + rows * K, c, mask, N, C, BC, "")
         grad = tl.load(grad_ptr + start * C + rows * C + columns, mask=mask, other=0.0)
-        grad = grad.to(tl.float32)
+        grad = widened(grad)
         read = load_coefficients(coefficients_ptr, 0, tokens, live, T, N)
         radial = tl.load(coefficients_ptr + 2 * N * T + tokens, mask=live, other=0.0)
         pointers = coefficients_ptr + (N + across % PART) * T + tokens[:, None]

@@ -22,16 +22,24 @@ from mhc_megatron.kernels.triton.tiles import Tile
 REBUILT_TOGETHER = 8
 
 
-def factor_weight(plan: Plan, stream: int | Tape | None, weight: Tensor) -> Tensor:
-    """phi as the products with the streams take it, forward and backward: [PARTS, M, K].
+def factor_weight(plan: Plan, stream: int | Tape | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """phi as the products with the streams take it, in the forward and in the backward.
 
-    Of many bfloat16 streams [K, 2 M].
+    [PARTS, M, K], of many bfloat16 streams [K, 2 M]; of fewer the forward has chunks of it.
     """
     if plan.parts == 1:
-        return weight
-    split = torch.empty(plan.shape_of_factors, dtype=plan.factor_dtype, device=plan.device)
-    plan.split_weight(stream, weight, split)
-    return split
+        return weight, weight
+    dtype, device = plan.factor_dtype, plan.device
+    split = torch.empty(plan.shape_of_factors, dtype=dtype, device=device)
+    if plan.wide:
+        plan.split_weight(stream, weight, split)
+        return split, split
+    if not plan.chunk_width:
+        plan.split_weight(stream, weight, split, None)
+        return split, split
+    chunks = torch.empty(plan.shape_of_chunks, dtype=dtype, device=device)
+    plan.split_weight(stream, weight, split, chunks)
+    return chunks, split
 
 
 def post(
@@ -62,8 +70,8 @@ def mix(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """``post_pre``, or ``pre`` without branch: streams, u, raw [M + 1, T], packed.
 
-    ``factors``: of ``factor_weight``. ``norm_weight``: u is normalised, and its 1/RMS [T] the last
-    result.
+    ``factors``: of ``factor_weight``, the first. ``norm_weight``: u is normalised, and its 1/RMS
+    [T] the last result.
     """
     num_tokens, dtype, device = plan.num_tokens, plan.dtype, plan.device
     if branch is None or packed is None:

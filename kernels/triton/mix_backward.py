@@ -20,6 +20,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_coefficients,
     load_streams,
     pre_mix,
+    widened,
     zero_sums,
 )
 
@@ -331,13 +332,13 @@ def read_bwd(
         mask = channel_mask(live, c, C, BC)
         y = load_streams(y_ptr + rows * (N * C), c, mask, N, C, BC, "")
         u_pointers = grad_u_ptr + rows * C + (c + tl.arange(0, BC))[None, :]
-        grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+        grad_u = widened(tl.load(u_pointers, mask=mask, other=0.0))
         if HAS_NORM:
             # The norm read u as it is rounded; it is kept until its gradient takes its place.
             channels = c + tl.arange(0, BC)
             u = pre_mix(y, read, N).to(norm_grad_u_ptr.dtype.element_ty)
             tl.store(norm_grad_u_ptr + rows * C + channels[None, :], u, mask=mask)
-            u = u.to(tl.float32)
+            u = widened(u)
             store_norm_partial(norm_partial_ptr, grad_u, u, norm_inverse_rms, channels, C)
             grad_u *= load_norm_weight(norm_weight_ptr, channels, C)[None, :]
             added = (u_sums[0] + lane_sums(grad_u * u, BT, BC, VECTOR),)

@@ -7,7 +7,7 @@ again lies a barrier: other threads may read than wrote.
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.tile_math import channel_mask
+from mhc_megatron.kernels.triton.tile_math import channel_mask, widened
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def load_norm_weight(weight_ptr, columns, C: tl.constexpr):
 @triton.jit
 def scaled(u, inverse_rms, weight):
     """``w u / rms(u)`` in float32, of [BT, BC] u in its own dtype."""
-    return u.to(tl.float32) * inverse_rms[:, None] * weight[None, :]
+    return widened(u) * inverse_rms[:, None] * weight[None, :]
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def normalise_bwd(
         columns = c + tl.arange(0, BC)
         pointers = u_rows + columns[None, :]
         u = tl.load(pointers, mask=mask, other=0.0)
-        grad = tl.load(grad_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad = widened(tl.load(grad_rows + columns[None, :], mask=mask, other=0.0))
         grad *= load_norm_weight(weight_ptr, columns, C)[None, :]
-        grad_u = (grad - slope[:, None] * u.to(tl.float32)) * inverse_rms[:, None]
+        grad_u = (grad - slope[:, None] * widened(u)) * inverse_rms[:, None]
         tl.store(pointers, grad_u.to(u.dtype), mask=mask)

@@ -137,11 +137,11 @@ def _pre_forward(
     norm_weight: Tensor | None,
 ) -> tuple[Tensors, Tensors]:
     parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
-    factors = launch.factor_weight(plan, stream, weight)
+    factors, kept_factors = launch.factor_weight(plan, stream, weight)
     _, u, raw, packed, inverse_rms = launch.mix(
         plan, stream, streams, None, None, None, factors, parameters, norm_weight
     )
-    return (u, packed, streams, inverse_rms), (packed, raw, factors, inverse_rms)
+    return (u, packed, streams, inverse_rms), (packed, raw, kept_factors, inverse_rms)
 
 
 def _pre_backward(
@@ -203,11 +203,11 @@ def _post_pre_forward(
     norm_weight: Tensor | None,
 ) -> tuple[Tensors, Tensors]:
     parameters = Parameters(weight, alpha_pre, alpha_post, alpha_res, bias)
-    factors = launch.factor_weight(plan, stream, weight)
+    factors, kept_factors = launch.factor_weight(plan, stream, weight)
     new_streams, u, raw, new_packed, inverse_rms = launch.mix(
         plan, stream, streams, branch, branch_bias, packed, factors, parameters, norm_weight
     )
-    kept = (new_streams, new_packed, raw, factors, inverse_rms)
+    kept = (new_streams, new_packed, raw, kept_factors, inverse_rms)
     return (new_streams, u, new_packed, inverse_rms), kept
 
 

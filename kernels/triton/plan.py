@@ -94,7 +94,7 @@ class Plan(Buffers):
         if self.wide:
             grid = (n * blocks(channels, bound.SPLIT_CHANNELS),)
             return Prepared(bound.split_wide(n, channels, rows), grid)
-        kernel = bound.split_weight(n, channels, rows, self.dtype)
+        kernel = bound.split_weight(n, channels, rows, self.dtype, self.chunk_width)
         return Prepared(kernel, (blocks(self.num_weights, bound.ELEMENTS),))
 
     @cached_property

@@ -45,7 +45,7 @@ def pre_bwd(
     """Of SPLIT tokens and BC channels of one stream, and with TRAINS of phi's columns there.
 
     Nothing is summed over channels here, so a program keeps its columns of phi for all its tokens.
-    ``weight`` is phi, [PARTS, M, K], INTERLEAVED as in ``mix_fwd``; ``weight_partial``:
+    ``weight`` is phi, [PARTS, M, K], INTERLEAVED as in ``streams_bwd``; ``weight_partial``:
     [splits, M, K] float32.
     """
     T = tl.cast(T, tl.int64)

@@ -12,6 +12,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     post_mix_stream,
     pre_mix,
     token_rows,
+    widened,
 )
 
 
@@ -82,5 +83,5 @@ def rebuild_fwd(
                 # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f, rounded to the streams' dtype
                 y = post_mix_stream(x, branch, post, res, o, N).to(dtype)
                 tl.store(y_rows + o * C + channels, y, mask=mask)
-                wide = wide + (y.to(tl.float32),)
+                wide = wide + (widened(y),)
             x = wide

@@ -16,6 +16,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     rounded,
     separate,
     token_rows,
+    widened,
     zero_sums,
 )
 
@@ -59,6 +60,15 @@ def projected_product(
 
 
 @triton.jit
+def scaled_rows(rows, factor, ROWS: tl.constexpr):
+    """Coefficients of every token, times a number of its own."""
+    scaled = ()
+    for row in tl.static_range(ROWS):
+        scaled = scaled + (rows[row] * factor,)
+    return scaled
+
+
+@triton.jit
 def store_sums(base_ptr, sums, first_row, tokens, live, T, ROWS: tl.constexpr):
     for row in tl.static_range(ROWS):
         tl.store(base_ptr + (first_row + row) * T + tokens, tl.sum(sums[row], axis=1), mask=live)
@@ -98,8 +108,10 @@ def streams_bwd(
 ):
     """Of ``post_pre``, and without HAS_PRE of ``post``.
 
-    The new streams y are built again from x and the branch, rounded as in the forward pass.
-    SINGLE_PASS took H_pre from ``packed``; its gradient goes there. INTERLEAVED as in ``mix_fwd``.
+    The new streams y are built again from x and the branch. SINGLE_PASS took H_pre from ``packed``;
+    its gradient goes there, a sum over y as the forward pass rounded it. Else only the division by
+    the RMS asks for y, in which rounding makes no difference, and which is one sum with the
+    coefficients times ``radial``. INTERLEAVED has phi in the order of ``separate``.
     """
     T = tl.cast(T, tl.int64)
     first, tokens, live = token_rows(T, BT)
@@ -127,6 +139,9 @@ def streams_bwd(
         if TERMS >= 2:
             low = load_projected(projected_ptr, 1, tokens, live, T, M, MP)
         weight_rows = weight_ptr + tl.arange(0, MP)[:, None] * K
+        if not SINGLE_PASS:
+            radial_post = scaled_rows(post, radial, N)
+            radial_res = scaled_rows(res, radial, N * N)
     if SINGLE_PASS:
         read_sums = zero_sums(N, BT, BC // VECTOR)
 
@@ -137,7 +152,7 @@ def streams_bwd(
         grad_branch = tl.zeros([BT, BC], tl.float32)
         if HAS_PRE:
             u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
-            grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+            grad_u = widened(tl.load(u_pointers, mask=mask, other=0.0))
             if INTERLEAVED:
                 products = projected_product(
                     high,
@@ -163,13 +178,19 @@ def streams_bwd(
             grad = tl.zeros([BT, BC], tl.float32)
             if HAS_GRAD_Y:
                 grad_y_pointers = grad_y_ptr + rows + (o * C + c + columns)[None, :]
-                grad = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
+                grad = widened(tl.load(grad_y_pointers, mask=mask, other=0.0))
             if HAS_PRE:
-                # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
-                y = post_mix_stream(x, branch, post, res, o, N)
-                y = rounded(y, x_ptr.dtype.element_ty, PRECISION).to(tl.float32)
                 # three uses of x': raw's product with phi, its division by the RMS, and the read
-                grad += radial[:, None] * y + read[o][:, None] * grad_u
+                if SINGLE_PASS:
+                    # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
+                    y = post_mix_stream(x, branch, post, res, o, N)
+                    y = widened(rounded(y, x_ptr.dtype.element_ty))
+                    grad = tl.fma(radial[:, None], y, grad)
+                else:
+                    grad = tl.fma(radial_post[o][:, None], branch, grad)
+                    for i in tl.static_range(N):
+                        grad = tl.fma(radial_res[o * N + i][:, None], x[i], grad)
+                grad = tl.fma(read[o][:, None], grad_u, grad)
                 if INTERLEAVED:
                     grad += products[o]
                 else:

@@ -24,6 +24,10 @@ def token_rows(T, BT: tl.constexpr, SPLITS: tl.constexpr = 1):
     return first, tokens, tokens < T
 
 
+# Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU.
+INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(token_rows, triton.JITFunction))
+
+
 @triton.jit
 def load_radial(radial_ptr, tokens, live, T, SINGLE_PASS: tl.constexpr):
     """What the division by the RMS contributes, of ``mix_bwd``'s [2, T]."""
@@ -88,7 +92,7 @@ def load_streams(
     for i in tl.static_range(N):
         pointers = row_ptrs + (i * C + c + tl.arange(0, BC))[None, :]
         tile = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
-        streams = streams + (tile.to(tl.float32),)
+        streams = streams + (widened(tile),)
     return streams
 
 
@@ -105,7 +109,7 @@ def load_branch(
 @triton.jit
 def with_bias(branch, bias_ptr, columns, HAS_BIAS: tl.constexpr, C: tl.constexpr):
     """A tile of the branch's output, with its bias in float32."""
-    branch = branch.to(tl.float32)
+    branch = widened(branch)
     if HAS_BIAS:
         branch += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     return branch
@@ -142,13 +146,13 @@ def load_weight(row_ptrs, columns, column_mask, row_mask):
 
 
 @triton.jit
-def rounded(tile, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def rounded(tile, dtype: tl.constexpr):
     """A float32 tile in ``dtype``; to bfloat16 two numbers at a time.
 
     The compiler pairs conversions where pairs are stored and nothing else is done with them; else
     it converts number by number, which takes four times as long. The interpreter takes no assembly.
     """
-    if dtype == tl.bfloat16 and PRECISION != "interpreter":
+    if dtype == tl.bfloat16 and not INTERPRETED:
         tile = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.bfloat16, is_pure=True, pack=2
         )
@@ -158,26 +162,47 @@ def rounded(tile, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def widened(tile):
+    """A tile in float32; from bfloat16 two numbers at a time.
+
+    The compiler takes two instructions for the upper of two numbers in a register, which need only
+    be freed of the lower one. ``pre_bwd`` and ``wide_pre_bwd`` are not faster for it, or slower.
+    """
+    if tile.dtype == tl.bfloat16 and not INTERPRETED:
+        tile = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [tile],
+            tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
 def interleaved_place(stream, channels, N: tl.constexpr):
-    """Where ``interleave`` puts a stream's channels among all n * C."""
+    """Where a stream's channels are among all n * C for ``separate``."""
     return channels // GROUP * (N * GROUP) + stream * GROUP + channels % GROUP
 
 
 @triton.jit
-def interleave(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """n [BT, BC] tiles as [BT, n * BC]: GROUP channels of every stream, then the next ones.
+def side_by_side(streams, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """n [BT, BC] tiles as [BT, n * BC], one stream after the other; n is 1, 2 or 4.
 
-    n is 1, 2 or 4.
+    A thread then writes its 16 bytes of a product's factor to other banks of shared memory than its
+    neighbours. With the streams in turn, as ``separate`` takes them apart, four write to one.
     """
     # The last join is the fastest index.
     if N == 1:
         joined = streams[0]
     elif N == 2:
-        joined = tl.join(streams[0], streams[1])
-        joined = tl.permute(tl.reshape(joined, [BT, BC // GROUP, GROUP, 2]), [0, 1, 3, 2])
+        joined = tl.permute(tl.join(streams[0], streams[1]), [0, 2, 1])
     else:
         joined = tl.join(tl.join(streams[0], streams[2]), tl.join(streams[1], streams[3]))
-        joined = tl.permute(tl.reshape(joined, [BT, BC // GROUP, GROUP, 2, 2]), [0, 1, 3, 4, 2])
+        joined = tl.permute(joined, [0, 2, 3, 1])
     return tl.reshape(joined, [BT, N * BC])
 
 
@@ -190,7 +215,10 @@ def by_channel(joined, BITS: tl.constexpr, ORDER: tl.constexpr, BT: tl.constexpr
 
 @triton.jit
 def separate(joined, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """The inverse of ``interleave``."""
+    """n tiles [BT, BC] of [BT, n * BC], GROUP channels of every stream and then the next ones.
+
+    n is 1, 2 or 4.
+    """
     if N == 1:
         streams = (joined,)
     elif N == 2:
@@ -219,10 +247,10 @@ def through_registers(tile, mask):
 def dot(left, right, accumulator, PRECISION: tl.constexpr):
     """``accumulator + left @ right``.
 
-    The interpreter multiplies bfloat16 operands as integers; "interpreter" widens them first,
-    which changes no product.
+    The interpreter multiplies bfloat16 operands as integers; there they are widened first, which
+    changes no product.
     """
-    if PRECISION == "interpreter":
+    if INTERPRETED:
         product = tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator)
     else:
         product = tl.dot(left, right, accumulator, input_precision=PRECISION)

@@ -15,6 +15,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     load_coefficients,
     load_streams,
     token_rows,
+    widened,
     with_bias,
     zero_sums,
 )
@@ -118,13 +119,13 @@ def wide_streams_bwd(
                 scales = scales + (scale,)
         if SINGLE_PASS:
             u_pointers = grad_u_ptr + branch_rows + (c + columns)[None, :]
-            grad_u = tl.load(u_pointers, mask=mask, other=0.0).to(tl.float32)
+            grad_u = widened(tl.load(u_pointers, mask=mask, other=0.0))
             ys = load_streams(y_ptr + rows, c, mask, N, C, BC, "")
         grad_branch = tl.zeros([BT, BC], tl.float32)
         grads = ()
         next_post_sums = ()
         for o in tl.static_range(N):
-            grad = given[o].to(tl.float32)
+            grad = widened(given[o])
             if WIDTH > 0:
                 grad *= scales[o]
             # x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f
@@ -144,7 +145,7 @@ def wide_streams_bwd(
         next_res_sums = ()
         for i in tl.static_range(N):
             offsets = rows + (i * C + c + columns)[None, :]
-            x = xs[i].to(tl.float32)
+            x = widened(xs[i])
             grad_x = tl.zeros([BT, BC], tl.float32)
             for o in tl.static_range(N):
                 res_sum = res_sums[i * N + o] + lane_sums(grads[o] * x, BT, BC, VECTOR)

@@ -18,6 +18,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     span_of,
     through_registers,
     token_rows,
+    widened,
 )
 
 
@@ -92,7 +93,7 @@ def project_fwd(
             tail = add_product(
                 tail, factor, weight_ptr, HEAD, columns, C, N, M, TAIL, PARTS, PRECISION
             )
-        wide = y.to(tl.float32)
+        wide = widened(y)
         squares += wide * wide
     store_rows(sums_ptr, head, 0, PARTS * M, HEAD, BT)
     if TAIL > 0:

@@ -33,7 +33,7 @@ ALLOCATIONS = ("aten.empty.memory_format", "aten.empty_like.default")
 KERNELS = str(Path(kernels.__file__).parent)
 # Calls of this package's functions, and of C's by them, for a forward and its backward, with room
 # for two or three more.
-MOST_CALLS = {"post_pre": 120, "single_pass": 120, "pre": 100, "post": 56}
+MOST_CALLS = {"post_pre": 122, "single_pass": 122, "pre": 101, "post": 56}
 # What a hyper-connection may add to a forward, torch's calls of modules included.
 MODULE_CALLS = 25
 FORWARD = ["split_weight", "mix_fwd"]
@@ -140,18 +140,19 @@ def counted(launches: list[str], call: Callable[[], Any]) -> tuple[list[str], di
 @pytest.mark.parametrize(
     ("operation", "norm"), [("post_pre", False), ("single_pass", False), ("post_pre", True)]
 )
-def test_a_boundary_launches_six_kernels_and_allocates_eleven_times(
+def test_a_boundary_launches_six_kernels_and_allocates_twelve_times(
     operation: str, norm: bool, n: int, launches: list[str]
 ) -> None:
     """And three times more with a norm, for which there is no other operation.
 
-    Of eight streams three more kernels and one more allocation: sums that programs share.
+    Of eight streams three more kernels, and sums that programs share instead of phi's chunks.
     """
     repeated, wide = repeated_call(operation, norm=norm, n=n), n == 8
     kernels, operations, outputs = counted(launches, repeated.forward)
     assert kernels == (WIDE_FORWARD if wide else FORWARD)
-    # phi in two parts, the streams, u, the raw logits and the mappings; the norm's 1/RMS.
-    assert operations == {"allocations": 5 + norm + wide}
+    # phi in two parts and in chunks, the streams, u, the raw logits and the mappings; the norm's
+    # 1/RMS.
+    assert operations == {"allocations": 6 + norm}
     kernels, operations, _ = counted(launches, lambda: backward(repeated, outputs))
     assert kernels == (WIDE_BACKWARD if wide else BACKWARD)
     # Of phi, streams, branch, mappings, and of the small parameters together; and what the kernels

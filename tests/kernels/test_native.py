@@ -281,7 +281,7 @@ def test_kernels_with_other_parameters_than_they_name_are_not_replayed(
     assert driver.by_python == FORWARD + BACKWARD and driver.by_extension == []
     assert [record.message for record in caplog.records] == [
         "hyper-connections are launched by Python, not by the extension: "
-        "a kernel has 5 parameters for 2 arguments"
+        "a kernel has 6 parameters for 3 arguments"
     ]
 
 
