@@ -189,8 +189,8 @@ def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
 def compile_share(share: str, kernels: list[str], data: Operands) -> None:
     """Run every i-th of n candidates once, which leaves it in Triton's cache."""
     index, count = map(int, share.split("/"))
-    tokens, n, _ = data.streams.shape
-    base = default_tiles(n, tokens, data.streams.dtype)
+    tokens, n, channels = data.streams.shape
+    base = default_tiles(n, tokens, channels, data.streams.dtype)
     for kernel, tiles in variants(kernels, base)[index::count]:
         try:
             calls(kernel, [data], tiles)[0]()
@@ -206,7 +206,7 @@ def tune(shape: str, kernels: list[str], workers: int, repetitions: int) -> Tile
     for process in running:
         process.wait()
     data = [random_operands(tokens, n, channels, torch.bfloat16, seed) for seed in range(COPIES)]
-    base = best = default_tiles(n, tokens, torch.bfloat16)
+    base = best = default_tiles(n, tokens, channels, torch.bfloat16)
     for kernel in kernels:
         if not candidates(kernel, base):
             continue

@@ -123,8 +123,8 @@ def rebuild(
     from mhc_megatron.kernels.triton.arguments import Shape
     from mhc_megatron.kernels.triton.tiles import default_tiles
 
-    num_tokens, n, _ = Shape.of(streams)
-    tiles = tiles or default_tiles(n, num_tokens, streams.dtype)
+    num_tokens, n, channels = Shape.of(streams)
+    tiles = tiles or default_tiles(n, num_tokens, channels, streams.dtype)
     launch.rebuild(
         streams,
         branches,

@@ -53,7 +53,7 @@ def plan_of(
             device=streams.device,
             operand_dtypes=(branch_dtype, bias_dtype, norm_dtype),
             options=options,
-            tiles=tiles or default_tiles(n, num_tokens, streams.dtype),
+            tiles=tiles or default_tiles(n, num_tokens, channels, streams.dtype),
             single_pass=single_pass,
             accumulates=accumulates,
             norm_eps=float(norm_eps),

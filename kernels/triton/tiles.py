@@ -52,7 +52,7 @@ class Tiles:
             M * n * C float32 numbers written and read.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
             None of more than four streams.
-        weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 1024
+        weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 2048
             make 320 programs of 4096 tokens and 4 x 2560 channels.
         product_terms: of bfloat16 streams, products of the two parts in ``grad_projected @ phi``:
             high by high (1), low by high (2), high by low (3). Two leave phi rounded to 8 bits,
@@ -74,33 +74,27 @@ class Tiles:
     product_terms: int = 3
 
 
-# Of an H100 or H200. A program of ``mix_fwd`` of four streams fills one.
+# Of an H100 or H200.
 MULTIPROCESSORS = 132
 
 
 # As many as there may be numbers of tokens.
 @lru_cache(maxsize=1024)
-def default_tiles(num_streams: int, num_tokens: int, dtype: torch.dtype) -> Tiles:
+def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch.dtype) -> Tiles:
     """The table.
 
     Args:
-        num_streams: n.
-        num_tokens: T. The kernels of few tokens want a program for every multiprocessor; of many,
-            programs of more tokens.
+        num_streams, channels: n, C.
+        num_tokens: T.
         dtype: the streams'.
     """
-    tiles = _tiles(num_streams, dtype)
-    if num_streams == 4 and dtype == torch.bfloat16:
-        # Programs of 64 tokens take 1.7 times as long as those of 32, however many run beside them.
-        larger = replace(tiles.mix, tokens=64, num_warps=8, num_stages=3)
-        if 1.7 * _waves(num_tokens, larger) < _waves(num_tokens, tiles.mix):
-            tiles = replace(tiles, mix=larger)
+    tiles, tile = _tiles(num_streams, dtype), _tiles(num_streams, dtype).weight_backward
+    if num_streams == 4 and dtype == torch.bfloat16 and tile is not None:
+        # Where a multiprocessor would have fewer than two programs, each has half the tokens.
+        programs = -(-num_streams * channels // tile.channels)
+        if programs * -(-num_tokens // tiles.weight_split) < 2 * MULTIPROCESSORS:
+            tiles = replace(tiles, weight_split=tiles.weight_split // 2)
     return tiles
-
-
-def _waves(num_tokens: int, tile: Tile) -> int:
-    """How often every multiprocessor has a program."""
-    return -(-num_tokens // (tile.tokens * MULTIPROCESSORS))
 
 
 @cache

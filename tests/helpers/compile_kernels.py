@@ -198,7 +198,7 @@ def training_step(
     """Every launch of post, a rebuild, and of ``operations`` with their backward."""
     options = MappingOptions(projection=projection)
     num_logits = options.num_logits(n)
-    tiles = default_tiles(n, tokens, dtype)
+    tiles = default_tiles(n, tokens, channels, dtype)
     streams, branch = meta(tokens, n, channels, dtype=dtype), meta(tokens, channels, dtype=dtype)
     packed = meta(n * (n + 2), tokens)
     alpha_res = None if projection == "identity" else meta(1)

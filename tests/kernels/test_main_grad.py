@@ -56,7 +56,7 @@ def test_the_sum_is_that_of_gradient_and_buffer_to_the_bit(
     leaves = trained(case, device)
     keywords: dict[str, object] = {"backend": backend}
     if case.tokens > 64:  # several partial sums of phi's gradient
-        tiles = default_tiles(case.n, case.tokens, case.dtype)
+        tiles = default_tiles(case.n, case.tokens, case.channels, case.dtype)
         keywords["tiles"] = replace(tiles, weight_split=tiles.weight_backward.tokens)
     plain = backward(case, leaves, **keywords)
     before = torch.randn_like(leaves["weight"])

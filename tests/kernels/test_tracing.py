@@ -111,7 +111,7 @@ def test_exported_equals_eager_to_the_bit(device: torch.device) -> None:
 
 def test_tiles_of_the_caller_are_refused_while_tracing(device: torch.device) -> None:
     case = Case(operation="pre")
-    tiles = default_tiles(case.n, case.tokens, case.dtype)
+    tiles = default_tiles(case.n, case.tokens, case.channels, case.dtype)
     with FakeTensorMode() as mode:
         leaves = operands(case, device)
         fakes = {name: mode.from_tensor(leaf) for name, leaf in leaves.items()}

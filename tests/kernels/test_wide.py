@@ -22,7 +22,7 @@ from mhc_megatron.kernels.triton.tiles import Tile, Tiles, default_tiles
 def small_tiles(case: Case, span: int) -> Tiles:
     """Programs of few tokens, and of ``span`` channels where they share a token's."""
     tile = Tile(tokens=16, channels=16, num_stages=1, span=span)
-    tiles = default_tiles(case.n, case.tokens, case.dtype)
+    tiles = default_tiles(case.n, case.tokens, case.channels, case.dtype)
     return replace(tiles, project=tile)
 
 
@@ -54,7 +54,7 @@ def test_programs_that_share_phis_gradient(operation: str, device: torch.device)
     """64 tokens and 2, and 8 channels in the last of a stream."""
     case = Case(operation=operation, n=8, tokens=66, channels=72, dtype=torch.bfloat16)
     tile = Tile(tokens=64, channels=64, num_stages=2)
-    tiles = default_tiles(case.n, case.tokens, case.dtype)
+    tiles = default_tiles(case.n, case.tokens, case.channels, case.dtype)
     tiles = replace(tiles, pre_backward=tile, pre_split=64)
     compare(case, operands(case, device), tiles=tiles)
 
@@ -63,7 +63,9 @@ def test_no_more_programs_walk_through_iterations_than_read_streams(device: torc
     """Sums of both have as many columns as there are programs of the latter."""
     case = Case(n=8, tokens=130, channels=24, dtype=torch.bfloat16)
     many = Tile(tokens=64, channels=16, num_stages=1)
-    tiles = replace(default_tiles(case.n, case.tokens, case.dtype), mix_backward=many)
+    tiles = replace(
+        default_tiles(case.n, case.tokens, case.channels, case.dtype), mix_backward=many
+    )
     compare(case, operands(case, device), tiles=tiles)
 
 
@@ -73,7 +75,7 @@ def test_scaled_gradients_have_scaled_gradients(device: torch.device) -> None:
     leaves = operands(case, device)
     gradients = random_gradients(run_reference(case, leaves))
     tiles = replace(
-        default_tiles(case.n, case.tokens, case.dtype),
+        default_tiles(case.n, case.tokens, case.channels, case.dtype),
         pre_backward=Tile(tokens=16, channels=16, num_stages=1),
         post_backward=Tile(tokens=4, channels=64, num_stages=1),
     )
