@@ -34,13 +34,8 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
     assert {name: compiled.count(name) for name in names} == {
         name: variants.get(name, 1) for name in names
     }
-
-
-def test_larger_programs_of_many_tokens_spill_nothing(tmp_path: Path) -> None:
-    """Of ``pre``, ``post_pre``, ``single_pass``, and with a norm."""
-    lines = compiled_kernels(tmp_path, "n=4", "C=1920", "T=8192", "kernels=mix_fwd")
-    assert len(lines) == 4
-    assert [line for line in lines if "stack 0," not in line] == []
+    large = [line for line in lines if line.startswith(("mix_fwd", "streams_bwd", "pre_bwd"))]
+    assert [line for line in large if "stack 0," not in line] == []
 
 
 def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:

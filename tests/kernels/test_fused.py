@@ -67,8 +67,14 @@ def test_any_number_of_tokens(operation: str, tokens: int, device: torch.device)
 
 
 @pytest.mark.parametrize("channels", [8, 64, 72, 136], ids="C{}".format)
-def test_channels_with_and_without_a_tail(channels: int, device: torch.device) -> None:
-    check(Case(channels=channels, dtype=torch.bfloat16), device)
+@pytest.mark.parametrize(
+    ("operation", "n"),
+    [("post_pre", 1), ("post_pre", 2), ("post_pre", 4), ("pre", 4), ("single_pass", 4)],
+)
+def test_channels_with_and_without_a_tail(
+    operation: str, n: int, channels: int, device: torch.device
+) -> None:
+    check(Case(operation=operation, n=n, channels=channels, dtype=torch.bfloat16), device)
 
 
 @pytest.mark.parametrize("operation", ["post", "post_pre"])
