@@ -10,6 +10,7 @@ from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import bound
 from mhc_megatron.kernels.triton.arguments import blocks, logit_rows, matrices_of, parts_of
 from mhc_megatron.kernels.triton.compiled import Part
+from mhc_megatron.kernels.triton.tile_math import GROUP
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles
 
 # Bytes; Triton compiles for pointers to multiples of 16, and CUDA's allocator has multiples of 512.
@@ -110,7 +111,13 @@ class Buffers:
         where it takes them as the backward does."""
         if self.wide or not bound.interleaves(self.num_streams, self.dtype):
             return 0
-        return self.call.tiles.mix.channels
+        width = self.call.tiles.mix.channels
+        if width < GROUP.value:
+            raise ValueError(
+                f"tiles.mix.channels: expected at least {GROUP.value} of {self.dtype} streams, "
+                f"got {width}"
+            )
+        return width
 
     @cached_property
     def shape_of_chunks(self) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ class Tiles:
     """The tiles of one hyper-connection's kernels.
 
     Attributes:
-        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16. Of more than four
-            streams ``read_fwd``, what follows ``project_fwd``.
+        mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16, channels 8. Of more
+            than four streams ``read_fwd``, what follows ``project_fwd``.
         project: ``project_fwd``, of more than four streams, with a ``span``; tokens at least 16.
         post: ``post_fwd``, post alone.
         rebuild: ``rebuild_fwd``, the states of a block without its branches.

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mhc_megatron.kernels.triton.tiles import default_tiles
+from mhc_megatron.kernels import MappingOptions
+from mhc_megatron.kernels.triton.plan import plan_of
+from mhc_megatron.kernels.triton.tiles import Tile, default_tiles
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,12 @@ def test_nothing_else_depends_on_tokens_and_channels(n: int, dtype: torch.dtype)
     few, many = default_tiles(n, 1024, 1280, dtype), default_tiles(n, 8192, 4096, dtype)
     assert (few == many) == (n != 4 or dtype != torch.bfloat16)
     assert replace(few, weight_split=many.weight_split) == many
+
+
+def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
+    streams = torch.empty(5, 4, 16, dtype=torch.bfloat16, device="meta")
+    tiles = default_tiles(4, 5, 16, torch.bfloat16)
+    narrow = replace(tiles, mix=Tile(tokens=16, channels=4))
+    assert plan_of(streams, options=MappingOptions(), tiles=tiles).chunk_width == 64
+    with pytest.raises(ValueError, match=r"tiles\.mix\.channels: expected at least 8 .* got 4"):
+        plan_of(streams, options=MappingOptions(), tiles=narrow).chunk_width  # noqa: B018
