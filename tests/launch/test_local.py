@@ -33,9 +33,12 @@ def wait_for(name):
 note(f"pid{rank}", os.getpid())
 exec(sys.argv[1 + rank])
 """
+# The tests may run in the background or under nohup, where signals are ignored, also by children.
 _DRIVER = """\
-import json, sys
+import json, signal, sys
 from mhc_megatron.launch.local import launch_local
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 codes, grace = json.loads(sys.argv[1])
 sys.exit(launch_local("job", codes, num_processes=len(codes), grace_seconds=grace))
 """
