@@ -11,6 +11,7 @@ from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton.tile_math import INTERPRETED as _INTERPRETED
 from mhc_megatron.kernels.triton.tiles import Tile
 
+# For the host, what is a constant of the kernels.
 INTERPRETED = bool(_INTERPRETED)
 
 

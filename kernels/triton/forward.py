@@ -9,6 +9,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     GROUP,
     channel_mask,
     dot,
+    in_two_parts,
     interleaved_place,
     load_branch,
     load_coefficients,
@@ -37,7 +38,7 @@ def split_weight(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """float32 phi as bfloat16 high and low parts, [2, SIZE]; their sum has 16 bits of mantissa.
+    """float32 phi ``in_two_parts``, [2, SIZE].
 
     Products with bfloat16 streams are then exact in float32, where tf32 would round phi to 11 bits.
     INTERLEAVED has them in the order of ``separate``, for the backward, and also in ``chunks``,
@@ -53,8 +54,7 @@ def split_weight(
         stream, channel = column // GROUP % N, column // (N * GROUP) * GROUP + column % GROUP
         source = in_groups(offsets - column + stream * C + channel)
     weight = tl.load(weight_ptr + source, mask=mask)
-    high = weight.to(tl.bfloat16)
-    low = (weight - high.to(tl.float32)).to(tl.bfloat16)
+    high, low = in_two_parts(weight)
     tl.store(split_ptr + offsets, high, mask=mask)
     tl.store(split_ptr + SIZE + offsets, low, mask=mask)
     if INTERLEAVED:
@@ -90,10 +90,10 @@ def split_wide(
     rows = tl.arange(0, MP)[:, None]
     mask = (rows < M) & (channels < C)
     weight = tl.load(weight_ptr + rows * (N * C) + stream * C + channels, mask=mask, other=0.0)
-    high = weight.to(tl.bfloat16)
+    high, low = in_two_parts(weight)
     pointers = split_ptr + interleaved_place(stream, channels, N) * (2 * M) + rows
     tl.store(pointers, high, mask=mask)
-    tl.store(pointers + M, (weight - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    tl.store(pointers + M, low, mask=mask)
 
 
 @triton.jit

@@ -34,12 +34,11 @@ def factor_weight(plan: Plan, stream: int | Tape | None, weight: Tensor) -> tupl
     if plan.wide:
         plan.split_weight(stream, weight, split)
         return split, split
-    if not plan.chunk_width:
-        plan.split_weight(stream, weight, split, None)
-        return split, split
-    chunks = torch.empty(plan.shape_of_chunks, dtype=dtype, device=device)
+    chunks = None
+    if plan.chunk_width:
+        chunks = torch.empty(plan.shape_of_chunks, dtype=dtype, device=device)
     plan.split_weight(stream, weight, split, chunks)
-    return chunks, split
+    return split if chunks is None else chunks, split
 
 
 def post(

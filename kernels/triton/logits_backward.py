@@ -21,6 +21,7 @@ from mhc_megatron.kernels.triton.residual import (
     later_iterations_bwd,
     load_permutation,
 )
+from mhc_megatron.kernels.triton.tile_math import in_two_parts
 
 
 @triton.jit
@@ -29,11 +30,12 @@ def store_projected(
 ):
     """Rows of the gradient of ``vec(x) phi``; in two bfloat16 parts, as ``split_weight``."""
     pointers = projected_ptr + row * T + tokens
-    high = grad.to(projected_ptr.dtype.element_ty)
-    tl.store(pointers, high, mask=mask)
     if PARTS == 2:
-        low = grad - high.to(tl.float32)
-        tl.store(pointers + M * T, low.to(projected_ptr.dtype.element_ty), mask=mask)
+        high, low = in_two_parts(grad)
+        tl.store(pointers, high, mask=mask)
+        tl.store(pointers + M * T, low, mask=mask)
+    else:
+        tl.store(pointers, grad, mask=mask)
 
 
 @triton.jit

@@ -183,6 +183,13 @@ def widened(tile):
 
 
 @triton.jit
+def in_two_parts(tile):
+    """A float32 tile as bfloat16 high and low parts; their sum has 16 bits of mantissa."""
+    high = tile.to(tl.bfloat16)
+    return high, (tile - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def interleaved_place(stream, channels, N: tl.constexpr):
     """Where a stream's channels are among all n * C for ``separate``."""
     return channels // GROUP * (N * GROUP) + stream * GROUP + channels % GROUP

@@ -88,10 +88,11 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         num_tokens: T.
         dtype: the streams'.
     """
-    tiles, tile = _tiles(num_streams, dtype), _tiles(num_streams, dtype).weight_backward
-    if num_streams == 4 and dtype == torch.bfloat16 and tile is not None:
+    tiles = _tiles(num_streams, dtype)
+    if num_streams == 4 and dtype == torch.bfloat16:
+        assert tiles.weight_backward is not None
         # Where a multiprocessor would have fewer than two programs, each has half the tokens.
-        programs = -(-num_streams * channels // tile.channels)
+        programs = -(-num_streams * channels // tiles.weight_backward.channels)
         if programs * -(-num_tokens // tiles.weight_split) < 2 * MULTIPROCESSORS:
             tiles = replace(tiles, weight_split=tiles.weight_split // 2)
     return tiles

@@ -31,8 +31,8 @@ from mhc_megatron.kernels.triton.compiled import Kind, Launch, Prepared
 
 ALLOCATIONS = ("aten.empty.memory_format", "aten.empty_like.default")
 KERNELS = str(Path(kernels.__file__).parent)
-# Calls of this package's functions, and of C's by them, for a forward and its backward, with room
-# for two or three more.
+# Calls of this package's functions, and of C's by them, for a forward and its backward; of ``post``
+# one more.
 MOST_CALLS = {"post_pre": 122, "single_pass": 122, "pre": 101, "post": 56}
 # What a hyper-connection may add to a forward, torch's calls of modules included.
 MODULE_CALLS = 25
