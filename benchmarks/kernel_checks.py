@@ -24,19 +24,22 @@ OPERATIONS = ("post_pre", "single_pass", "pre+post", "norm-inside")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of the streams' dtype, as is the weight of the norm.
 STATES = {"streams", "u", "d_streams", "d_branch", "d_norm_weight"}
-# Gradients through a normalised u are of its rounding, which is not that of float64 everywhere, and
-# are rounded once more, between two kernels.
+# Gradients through a normalised u are of its rounding, which is not that of float64 everywhere: phi
+# in two parts instead of float64 is enough to round some numbers to the other side, and where streams
+# nearly cancel in u, two of them above all, the norm magnifies it. And they are rounded once more,
+# between two kernels. In float32 they have the bounds of the others.
 STATE_BOUND = {"post_pre": 3e-3, "single_pass": 3e-3, "pre+post": 3e-3, "norm-inside": 6e-3}
-BOUND = {"post_pre": 5e-4, "single_pass": 5e-4, "pre+post": 5e-4, "norm-inside": 1e-3}
+BOUND = {"post_pre": 5e-4, "single_pass": 5e-4, "pre+post": 5e-4, "norm-inside": 3e-3}
 FLOAT32_BOUND = 2e-5
 # Three numbers, sums in which much cancels.
 GATE_BOUND = {"bfloat16": 2e-3, "float32": 2e-4}
+NORM_GATE_BOUND = {"bfloat16": 1e-2, "float32": 2e-4}
 
 
 def bound(operation: str, dtype: str, name: str) -> float:
     """The largest relative error that an output or gradient may have."""
     if name == "d_alpha":
-        return GATE_BOUND[dtype]
+        return (NORM_GATE_BOUND if operation == "norm-inside" else GATE_BOUND)[dtype]
     if (operation, name) == ("pre+post", "d_streams") and dtype == "bfloat16":
         return 2 * STATE_BOUND[operation]  # autograd adds two rounded gradients
     if dtype == "float32":

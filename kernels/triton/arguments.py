@@ -54,11 +54,6 @@ def vector_of(dtype: torch.dtype, tile: Tile) -> int:
     return min(16 // dtype.itemsize, tile.tokens * tile.channels // (32 * tile.num_warps))
 
 
-def blocks(size: int, block: int) -> int:
-    """How many blocks cover ``size``; triton.cdiv costs ten times as long, at every launch."""
-    return -(-size // block)
-
-
 def padded(number: int, least: int) -> int:
     """The next power of two."""
     return max(least, 1 << (number - 1).bit_length())

@@ -16,7 +16,6 @@ from mhc_megatron.kernels.triton import weight_backward as weight_backward_kerne
 from mhc_megatron.kernels.triton import wide_backward as wide_backward_kernel
 from mhc_megatron.kernels.triton import wide_pre_backward as wide_pre_backward_kernel
 from mhc_megatron.kernels.triton.arguments import (
-    blocks,
     logit_groups,
     logit_rows,
     padded,
@@ -25,7 +24,7 @@ from mhc_megatron.kernels.triton.arguments import (
     vector_of,
 )
 from mhc_megatron.kernels.triton.compiled import Launch
-from mhc_megatron.kernels.triton.tiles import Tile
+from mhc_megatron.kernels.triton.tiles import Tile, blocks
 
 # Numbers of phi per program of the kernels that only copy or add them.
 ELEMENTS = 1024
@@ -71,16 +70,28 @@ def split_wide(n: int, channels: int, num_logits: int) -> Launch:
 
 
 @cache
-def post_fwd(n: int, channels: int, tile: Tile, has_bias: bool, reads: bool) -> Launch:
+def post_fwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    has_bias: bool,
+    reads: bool,
+    squares: bool,
+) -> Launch:
     return Launch(
         forward.post_fwd,
         C=channels,
         N=n,
+        M=num_logits,
         HAS_BIAS=has_bias,
         READS=reads,
+        SQUARES=squares,
         SPAN=tile.span or channels,
         BT=tile.tokens,
         BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
@@ -118,6 +129,21 @@ def mix_fwd(
         INTERLEAVED=interleaves(n, dtype),
         BT=tile.tokens,
         BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def square_fwd(n: int, channels: int, num_logits: int, dtype: torch.dtype, tile: Tile) -> Launch:
+    return Launch(
+        wide_forward.square_fwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        BT=tile.tokens,
+        BC=tile.channels,
+        VECTOR=vector_of(dtype, tile),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
 from mhc_megatron.kernels.triton import bound
-from mhc_megatron.kernels.triton.arguments import blocks, logit_rows, matrices_of, parts_of
+from mhc_megatron.kernels.triton.arguments import logit_rows, matrices_of, parts_of
 from mhc_megatron.kernels.triton.compiled import Part
 from mhc_megatron.kernels.triton.tile_math import GROUP
-from mhc_megatron.kernels.triton.tiles import Tile, Tiles
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles, blocks
 
 # Bytes; Triton compiles for pointers to multiples of 16, and CUDA's allocator has multiples of 512.
 _ALIGNMENT = 512
@@ -143,7 +143,7 @@ class Buffers:
     @cached_property
     def project_sums(self) -> int:
         """float32 numbers that ``project_fwd`` leaves to ``read_fwd``."""
-        rows = self.parts * self.num_logits + 1
+        rows = self.parts * self.num_logits
         return self.project_programs * rows * self.project_tile.tokens
 
     @property

@@ -11,6 +11,7 @@ from mhc_megatron.kernels.triton.tile_math import (
     dot,
     in_two_parts,
     interleaved_place,
+    lane_sums,
     load_branch,
     load_coefficients,
     load_streams,
@@ -359,20 +360,26 @@ def post_fwd(
     packed_ptr,
     y_ptr,
     u_ptr,
+    raw_ptr,
     T,
+    rms_eps,
     C: tl.constexpr,
     N: tl.constexpr,
+    M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     READS: tl.constexpr,
+    SQUARES: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``post`` of BT tokens and SPAN channels: ``x'[o] = sum_i H_res[o, i] x[i] + H_post[o] f``.
 
     The mappings are loaded once for all of them, and stay in registers. READS also mixes u, by the
-    mappings that write, as single_pass reads.
+    mappings that write, as single_pass reads. SQUARES, of programs that have all channels, also
+    stores 1/RMS of the new streams, in row M of ``raw``.
     """
     T = tl.cast(T, tl.int64)
     SPLITS: tl.constexpr = (C + SPAN - 1) // SPAN
@@ -387,6 +394,8 @@ def post_fwd(
     if READS:
         u_ptr += first * C
         read = load_coefficients(packed_ptr, 0, tokens, live, T, N)
+    if SQUARES:
+        squares = tl.zeros([BT, BC // VECTOR], tl.float32)
     start, stop = span_of(C, SPAN)
     for c in tl.range(start, stop, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
@@ -398,6 +407,24 @@ def post_fwd(
             tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)
             if READS:
                 ys = ys + (widened(y),)
+            if SQUARES:
+                squares = add_squares(squares, y, BT, BC, VECTOR)
         if READS:
             u = pre_mix(ys, read, N).to(u_ptr.dtype.element_ty)
             tl.store(u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :], u, mask=mask)
+    if SQUARES:
+        store_inverse_rms(raw_ptr + M * T, squares, tokens, live, rms_eps, N * C)
+
+
+@triton.jit
+def add_squares(squares, y, BT: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr):
+    """``squares``, [BT, BC / VECTOR], and those of a tile of streams in its own dtype."""
+    wide = widened(y)
+    return squares + lane_sums(wide * wide, BT, BC, VECTOR)
+
+
+@triton.jit
+def store_inverse_rms(inverse_rms_ptr, squares, tokens, live, rms_eps, K: tl.constexpr):
+    """1/RMS of a token's K numbers, from ``add_squares``."""
+    inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / K + rms_eps)
+    tl.store(inverse_rms_ptr + tokens, inverse_rms, mask=live)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mhc_megatron.kernels.triton import head_bound, head_forward
-from mhc_megatron.kernels.triton.arguments import Shape, blocks
+from mhc_megatron.kernels.triton.arguments import Shape
 from mhc_megatron.kernels.triton.bound import ELEMENTS
 from mhc_megatron.kernels.triton.head_tiles import HeadTiles
-from mhc_megatron.kernels.triton.tiles import Tile
+from mhc_megatron.kernels.triton.tiles import Tile, blocks
 
 
 class HeadParameters(NamedTuple):

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhc_megatron.kernels.triton.arguments import Parameters, Shape, blocks
+from mhc_megatron.kernels.triton.arguments import Parameters, Shape
 from mhc_megatron.kernels.triton.plan import Plan
 from mhc_megatron.kernels.triton.recompute import rebuild_fwd
 from mhc_megatron.kernels.triton.tape import Tape
-from mhc_megatron.kernels.triton.tiles import Tile
+from mhc_megatron.kernels.triton.tiles import Tile, blocks
 
 # Sublayers that one launch of rebuild_fwd walks through: its code is unrolled over them. A longer
 # block is cut, and the state read again at each cut.
@@ -52,7 +52,7 @@ def post(
     """The next streams."""
     new_streams = torch.empty_like(streams)
     if plan.num_tokens:
-        plan.post_fwd(stream, streams, branch, bias, packed, new_streams, None)
+        plan.post_fwd(stream, streams, branch, bias, packed, new_streams, None, None)
     return new_streams
 
 
@@ -91,8 +91,10 @@ def mix(
     results = u, raw, new_packed, norm_weight, inverse_rms
     operands = streams, branch, branch_bias, packed
     if plan.wide:
-        if branch is not None:
-            plan.post_fwd(stream, *operands, new_streams, u if plan.single_pass else None)
+        if branch is None:
+            plan.square_fwd(stream, streams, raw)
+        else:
+            plan.post_fwd(stream, *operands, new_streams, u if plan.single_pass else None, raw)
         sums = torch.empty(plan.project_sums, dtype=torch.float32, device=device)
         plan.project_fwd(stream, new_streams, factors, sums)
         plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)

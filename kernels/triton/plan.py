@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mhc_megatron.kernels.options import NORM_EPS, MappingOptions
 from mhc_megatron.kernels.triton import bound
-from mhc_megatron.kernels.triton.arguments import INTERPRETED, Shape, blocks
+from mhc_megatron.kernels.triton.arguments import INTERPRETED, Shape
 from mhc_megatron.kernels.triton.buffers import Buffers, Call
 from mhc_megatron.kernels.triton.compiled import Prepared, current_stream
-from mhc_megatron.kernels.triton.tiles import Tiles, default_tiles
+from mhc_megatron.kernels.triton.tiles import Tiles, blocks, default_tiles
 
 
 def plan_of(
@@ -100,9 +100,25 @@ class Plan(Buffers):
     @cached_property
     def post_fwd(self) -> Prepared:
         tile = self.call.tiles.post
-        sizes = self.num_streams, self.channels
-        kernel = bound.post_fwd(*sizes, tile, self.has_bias, self.single_pass)
-        return Prepared(kernel, (self.programs_of(tile, self.channels),), (self.num_tokens,))
+        squares = self.wide and self.num_logits > 0
+        if squares and tile.splits(self.channels) > 1:
+            raise ValueError(
+                f"tiles.post.span: expected None, as 1/RMS of {self.num_streams} streams is of all "
+                f"{self.channels} channels, got {tile.span}"
+            )
+        sizes = self.num_streams, self.channels, self.num_logits, self.dtype
+        kernel = bound.post_fwd(*sizes, tile, self.has_bias, self.single_pass, squares)
+        numbers = self.num_tokens, self.options.rms_eps if squares else 0.0
+        return Prepared(kernel, (self.programs_of(tile, self.channels),), numbers)
+
+    @cached_property
+    def square_fwd(self) -> Prepared:
+        """Of many streams, in the place of ``post_fwd`` where nothing is written."""
+        tile = self.call.tiles.post
+        sizes = self.num_streams, self.channels, self.num_logits, self.dtype
+        kernel = bound.square_fwd(*sizes, tile)
+        numbers = self.num_tokens, self.options.rms_eps
+        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
 
     @cached_property
     def mix_fwd(self) -> Prepared:
@@ -119,13 +135,12 @@ class Plan(Buffers):
             self.single_pass,
             self.has_norm,
         )
-        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), self._numbers)
+        numbers = self.num_tokens, self.options.rms_eps, self.options.eps, self._norm_eps
+        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
 
     @property
-    def _numbers(self) -> tuple[float, ...]:
-        """Of ``mix_fwd`` and ``read_fwd``."""
-        norm_eps = self.call.norm_eps if self.has_norm else 0.0
-        return self.num_tokens, self.options.rms_eps, self.options.eps, norm_eps
+    def _norm_eps(self) -> float:
+        return self.call.norm_eps if self.has_norm else 0.0
 
     @cached_property
     def project_fwd(self) -> Prepared:
@@ -150,7 +165,8 @@ class Plan(Buffers):
             not self.single_pass,
             self.has_norm,
         )
-        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), self._numbers)
+        numbers = self.num_tokens, self.options.eps, self._norm_eps
+        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
 
     @cached_property
     def mix_bwd(self) -> tuple[Prepared, Prepared]:

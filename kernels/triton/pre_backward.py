@@ -101,7 +101,9 @@ def pre_bwd(
             pointers = projected_ptr + (parts * M + m)[:, None] * T + tokens[None, :]
             projected = tl.load(pointers, mask=(m < M)[:, None] & live[None, :], other=0.0)
             # Added in its own iteration, the product ends before the next load writes where it
-            # reads x; see ``through_registers``, which takes longer. Rows beyond M are zeros
+            # reads x. Of a tile that registers take as well as a product that runs beside the rest
+            # of its loop Triton (3.6, 3.7) keeps one place too few, and results differ from run to
+            # run; ``tests/helpers/compile_kernels.py`` looks for that. Rows beyond M are zeros
             # anyway: without a selection the compiler makes of the addition a product that runs on.
             factor = x.to(projected_ptr.dtype.element_ty)
             product = dot(projected, factor, tl.zeros([PARTS * ROWS, BC], tl.float32), PRECISION)

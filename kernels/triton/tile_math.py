@@ -239,18 +239,6 @@ def separate(joined, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def through_registers(tile, mask):
-    """The tile that was loaded with ``mask``, for ``dot`` where other arithmetic takes it as well.
-
-    A product that runs beside the rest of its loop reads its factors from where they were loaded
-    to. If registers read them there too, Triton (3.6, 3.7) keeps one place too few: a later load
-    writes over what the product still reads, and results differ from run to run.
-    ``tests/helpers/compile_kernels.py`` looks for that.
-    """
-    return tl.where(mask, tile, 0.0)
-
-
-@triton.jit
 def dot(left, right, accumulator, PRECISION: tl.constexpr):
     """``accumulator + left @ right``.
 

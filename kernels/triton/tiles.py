@@ -26,7 +26,7 @@ class Tile:
 
     def splits(self, channels: int) -> int:
         """How many programs share so many of a token."""
-        return 1 if self.span is None else -(-channels // self.span)
+        return 1 if self.span is None else blocks(channels, self.span)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Tiles:
         mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16, channels 8. Of more
             than four streams ``read_fwd``, what follows ``project_fwd``.
         project: ``project_fwd``, of more than four streams, with a ``span``; tokens at least 16.
-        post: ``post_fwd``, post alone.
+        post: ``post_fwd``, post alone; of more than four streams also in ``post_pre``, and there
+            without a span, and ``square_fwd``.
         rebuild: ``rebuild_fwd``, the states of a block without its branches.
         mix_backward: ``mix_bwd``, the gradients of the coefficients.
         mix_backward_norm: ``mix_bwd`` with the gradient of a norm, which has 2 n + 1 sums per token
@@ -76,6 +77,13 @@ class Tiles:
 
 # Of an H100 or H200.
 MULTIPROCESSORS = 132
+# Tokens per program of ``pre_bwd``, where few channels would leave fewer.
+LEAST_PRE_SPLIT = 512
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``; triton.cdiv costs ten times as long, at every launch."""
+    return -(-size // block)
 
 
 # As many as there may be numbers of tokens.
@@ -91,10 +99,18 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
     tiles = _tiles(num_streams, dtype)
     if num_streams == 4 and dtype == torch.bfloat16:
         assert tiles.weight_backward is not None
+        width = num_streams * channels
         # Where a multiprocessor would have fewer than two programs, each has half the tokens.
-        programs = -(-num_streams * channels // tiles.weight_backward.channels)
-        if programs * -(-num_tokens // tiles.weight_split) < 2 * MULTIPROCESSORS:
+        programs = blocks(width, tiles.weight_backward.channels)
+        if programs * blocks(num_tokens, tiles.weight_split) < 2 * MULTIPROCESSORS:
             tiles = replace(tiles, weight_split=tiles.weight_split // 2)
+        # As many programs as there is room for at once, four on a multiprocessor: a few more would
+        # be another round, and fewer tokens in each would be more sums to add up.
+        tile = tiles.pre_backward
+        programs = num_streams * blocks(channels, tile.channels)
+        tokens = blocks(num_tokens, max(1, 4 * MULTIPROCESSORS // programs))
+        tokens = max(LEAST_PRE_SPLIT, blocks(tokens, tile.tokens) * tile.tokens)
+        tiles = replace(tiles, pre_split=tokens)
     return tiles
 
 

@@ -9,16 +9,14 @@ sum over them is added up by the kernel that reads the streams.
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.forward import write_read
+from mhc_megatron.kernels.triton.forward import add_squares, store_inverse_rms, write_read
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
     interleaved_place,
     phi_pointers,
     span_of,
-    through_registers,
     token_rows,
-    widened,
 )
 
 
@@ -47,6 +45,34 @@ def add_product(
 
 
 @triton.jit
+def square_fwd(
+    x_ptr,
+    raw_ptr,
+    T,
+    rms_eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """1/RMS of BT tokens, in row M of ``raw``: of ``pre`` alone, as ``post_fwd`` sums it."""
+    T = tl.cast(T, tl.int64)
+    first, tokens, live = token_rows(T, BT)
+    rows = x_ptr + first * (N * C) + tl.arange(0, BT)[:, None] * (N * C)
+    squares = tl.zeros([BT, BC // VECTOR], tl.float32)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        mask = channel_mask(live, c, C, BC)
+        for i in tl.static_range(N):
+            pointers = rows + (i * C + c + tl.arange(0, BC))[None, :]
+            x = tl.load(pointers, mask=mask, other=0.0)
+            squares = add_squares(squares, x, BT, BC, VECTOR)
+    store_inverse_rms(raw_ptr + M * T, squares, tokens, live, rms_eps, N * C)
+
+
+@triton.jit
 def project_fwd(
     y_ptr,
     weight_ptr,
@@ -67,8 +93,8 @@ def project_fwd(
     """Products with phi of BT tokens and SPAN of their n * C numbers.
 
     ``weight``: phi, of ``split_wide`` where there are two PARTS; the M rows of each are, together,
-    HEAD and up to TAIL more, of which each is a product. ``sums``: [programs, PARTS * M + 1, BT],
-    ``vec(y) phi`` by part and the sum of squares of a program's numbers.
+    HEAD and up to TAIL more, of which each is a product. ``sums``: [programs, PARTS * M, BT],
+    ``vec(y) phi`` by part.
     """
     K: tl.constexpr = N * C
     SPLITS: tl.constexpr = (K + SPAN - 1) // SPAN
@@ -76,29 +102,25 @@ def project_fwd(
     first, _, live = token_rows(T, BT, SPLITS)
     rows = tl.arange(0, BT)[:, None] * K
     y_ptr += first * K
-    sums_ptr += tl.program_id(0).to(tl.int64) * ((PARTS * M + 1) * BT)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (PARTS * M * BT)
     head = tl.zeros([BT, HEAD], tl.float32)
     if TAIL > 0:
         tail = tl.zeros([BT, TAIL], tl.float32)
-    squares = tl.zeros([BT, BC], tl.float32)
     start, stop = span_of(K, SPAN)
     for k in tl.range(start, stop, BC, num_stages=STAGES):
         columns = k + tl.arange(0, BC)
         mask = channel_mask(live, k, K, BC)
         y = tl.load(y_ptr + rows + columns[None, :], mask=mask, other=0.0)
-        # vec(x) phi and mean(vec(x)^2)
-        factor = through_registers(y, mask).to(weight_ptr.dtype.element_ty)
+        # Nothing else asks for the tile: products take it from where it was loaded to.
+        factor = y.to(weight_ptr.dtype.element_ty)
         head = add_product(head, factor, weight_ptr, 0, columns, C, N, M, HEAD, PARTS, PRECISION)
         if TAIL > 0:
             tail = add_product(
                 tail, factor, weight_ptr, HEAD, columns, C, N, M, TAIL, PARTS, PRECISION
             )
-        wide = widened(y)
-        squares += wide * wide
     store_rows(sums_ptr, head, 0, PARTS * M, HEAD, BT)
     if TAIL > 0:
         store_rows(sums_ptr, tail, HEAD, PARTS * M, TAIL, BT)
-    tl.store(sums_ptr + PARTS * M * BT + tl.arange(0, BT), tl.sum(squares, axis=1))
 
 
 @triton.jit
@@ -130,7 +152,6 @@ def read_fwd(
     norm_weight_ptr,
     norm_inverse_rms_ptr,
     T,
-    rms_eps,
     eps,
     norm_eps,
     C: tl.constexpr,
@@ -150,7 +171,7 @@ def read_fwd(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Raw logits and mappings of BT tokens, and if it READS u.
+    """Raw logits and mappings of BT tokens, and if it READS u; 1/RMS is in row M of ``raw``.
 
     ``sums``: of ``project_fwd`` in tiles of TILE tokens, of SPLITS programs each.
     """
@@ -160,17 +181,14 @@ def read_fwd(
     tokens = first + tl.arange(0, BT)
     live = tokens < T
     rows = tl.arange(0, MP)[:, None]
-    squares = tl.zeros([BT], tl.float32)
     raw = tl.zeros([MP, BT], tl.float32)
     for split in tl.static_range(SPLITS):
         program = tokens // TILE * SPLITS + split
-        block = sums_ptr + program * ((PARTS * M + 1) * TILE) + tokens % TILE
-        squares += tl.load(block + PARTS * M * TILE, mask=live, other=0.0)
+        block = sums_ptr + program * (PARTS * M * TILE) + tokens % TILE
         for part in tl.static_range(PARTS):
             part_rows = block[None, :] + (part * M + rows) * TILE
             raw += tl.load(part_rows, mask=(rows < M) & live[None, :], other=0.0)
-    inverse_rms = tl.rsqrt(squares / (N * C) + rms_eps)
-    tl.store(raw_ptr + M * T + tokens, inverse_rms, mask=live)
+    inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
     write_read(
         raw,
         inverse_rms,

@@ -126,7 +126,7 @@ def wide_pre_bwd(
 
     Only what a product takes is loaded ahead of its iteration. Products for phi's gradient come
     before those with phi, which are waited for, so that both have ended before the next tiles are
-    loaded; see ``through_registers``.
+    loaded; see ``pre_bwd``.
     """
     T = tl.cast(T, tl.int64)
     K: tl.constexpr = N * C

@@ -7,7 +7,7 @@ import torch
 
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton.plan import plan_of
-from mhc_megatron.kernels.triton.tiles import Tile, default_tiles
+from mhc_megatron.kernels.triton.tiles import Tile, blocks, default_tiles
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,48 @@ def test_programs_of_weight_bwd_are_two_for_every_multiprocessor(
     assert default_tiles(4, tokens, channels, torch.bfloat16).weight_split == of_a_program
 
 
+@pytest.mark.parametrize(
+    ("tokens", "channels", "of_a_program", "programs"),
+    [
+        (0, 2560, 512, 0),
+        (17, 72, 512, 8),
+        (4096, 1280, 704, 480),
+        (4096, 2560, 1376, 480),
+        (8192, 1920, 2048, 480),
+        (8192, 4096, 4096, 512),
+        (4096, 7168, 4096, 448),
+        (4096, 16384, 4096, 1024),
+    ],
+)
+def test_programs_of_pre_bwd_are_at_most_four_for_every_multiprocessor(
+    tokens: int, channels: int, of_a_program: int, programs: int
+) -> None:
+    """But where the channels alone make more."""
+    tiles = default_tiles(4, tokens, channels, torch.bfloat16)
+    assert tiles.pre_split == of_a_program
+    assert of_a_program % tiles.pre_backward.tokens == 0
+    streams = torch.empty(tokens, 4, channels, dtype=torch.bfloat16, device="meta")
+    splits = plan_of(streams, options=MappingOptions()).splits
+    assert 4 * blocks(channels, tiles.pre_backward.channels) * splits == programs
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 def test_nothing_else_depends_on_tokens_and_channels(n: int, dtype: torch.dtype) -> None:
     few, many = default_tiles(n, 1024, 1280, dtype), default_tiles(n, 8192, 4096, dtype)
     assert (few == many) == (n != 4 or dtype != torch.bfloat16)
-    assert replace(few, weight_split=many.weight_split) == many
+    splits = {"weight_split": many.weight_split, "pre_split": many.pre_split}
+    assert replace(few, **splits) == many
+
+
+def test_programs_that_square_all_streams_cannot_share_a_tokens_channels() -> None:
+    streams = torch.empty(5, 8, 64, dtype=torch.bfloat16, device="meta")
+    tile = Tile(tokens=4, channels=16, span=32)
+    tiles = replace(default_tiles(8, 5, 64, torch.bfloat16), post=tile)
+    assert plan_of(streams, streams[:, 0], tiles=tiles).post_fwd
+    plan = plan_of(streams, streams[:, 0], options=MappingOptions(), tiles=tiles)
+    with pytest.raises(ValueError, match=r"tiles\.post\.span: expected None.* got 32"):
+        plan.post_fwd  # noqa: B018
 
 
 def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
