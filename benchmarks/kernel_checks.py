@@ -25,9 +25,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of the streams' dtype, as is the weight of the norm.
 STATES = {"streams", "u", "d_streams", "d_branch", "d_norm_weight"}
 # Gradients through a normalised u are of its rounding, which is not that of float64 everywhere: phi
-# in two parts instead of float64 is enough to round some numbers to the other side, and where streams
-# nearly cancel in u, two of them above all, the norm magnifies it. And they are rounded once more,
-# between two kernels. In float32 they have the bounds of the others.
+# in two parts instead of float64 is enough to round some numbers to the other side, and where
+# streams nearly cancel in u, two of them above all, the norm magnifies it. And they are rounded
+# once more, between two kernels. In float32 they have the bounds of the others.
 STATE_BOUND = {"post_pre": 3e-3, "single_pass": 3e-3, "pre+post": 3e-3, "norm-inside": 6e-3}
 BOUND = {"post_pre": 5e-4, "single_pass": 5e-4, "pre+post": 5e-4, "norm-inside": 3e-3}
 FLOAT32_BOUND = 2e-5

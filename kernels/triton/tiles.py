@@ -108,7 +108,7 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         # be another round, and fewer tokens in each would be more sums to add up.
         tile = tiles.pre_backward
         programs = num_streams * blocks(channels, tile.channels)
-        tokens = blocks(num_tokens, max(1, 4 * MULTIPROCESSORS // programs))
+        tokens = blocks(num_tokens, max(2, 4 * MULTIPROCESSORS // programs))
         tokens = max(LEAST_PRE_SPLIT, blocks(tokens, tile.tokens) * tile.tokens)
         tiles = replace(tiles, pre_split=tokens)
     return tiles
@@ -172,8 +172,8 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         )
     # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
     return Tiles(
-        mix=Tile(tokens=32, channels=64, num_warps=8),
-        project=Tile(tokens=128, channels=64, num_warps=8, num_stages=4, span=2560),
+        mix=Tile(tokens=32, channels=64),
+        project=Tile(tokens=128, channels=64, num_warps=8, num_stages=4, span=5120),
         post=Tile(tokens=4, channels=256),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),

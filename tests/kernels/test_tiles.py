@@ -37,8 +37,8 @@ def test_programs_of_weight_bwd_are_two_for_every_multiprocessor(
         (4096, 2560, 1376, 480),
         (8192, 1920, 2048, 480),
         (8192, 4096, 4096, 512),
-        (4096, 7168, 4096, 448),
-        (4096, 16384, 4096, 1024),
+        (4096, 7168, 2048, 896),
+        (4096, 16384, 2048, 2048),
     ],
 )
 def test_programs_of_pre_bwd_are_at_most_four_for_every_multiprocessor(
