@@ -7,8 +7,8 @@ then ``post_pre`` of every commit, then expand and the contractions as they were
 the host's times of launches without a graph. Of a figure that was measured twice the last counts.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,15 @@ def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def results(path: str) -> list[Line]:
+    """``read``, of a command's argument."""
+    try:
+        return read(Path(path))
+    except (OSError, ValueError) as error:
+        message = f"expected a kernels.jsonl of benchmarks/kernels.py, got {path}: {error}"
+        raise argparse.ArgumentTypeError(message) from error
+
+
 def _shape(line: Line) -> str:
     return ", ".join(str(line["shape"][name]) for name in ("T", "C", "n"))
 
@@ -135,5 +144,7 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    found = read(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lines", type=results, help="kernels.jsonl of a results folder")
+    found = parser.parse_args().lines
     print(latest(found), history(found), ends(found), host(found), sep="\n\n")

@@ -7,12 +7,12 @@ Right: the bytes that an implementation has to move at least; up: its time. A po
 moves no byte twice.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from kernel_table import Line, newest, read
+from kernel_table import Line, newest, results
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from plot_style import tidy
@@ -74,4 +74,8 @@ def draw(lines: list[Line]) -> Figure:
 
 if __name__ == "__main__":
     matplotlib.rcParams.update({"svg.hashsalt": "roofline", "svg.fonttype": "none"})
-    draw(read(Path(sys.argv[1]))).savefig(sys.argv[2], metadata={"Date": None})
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lines", type=results, help="kernels.jsonl of a results folder")
+    parser.add_argument("picture", type=Path, help="where to write it, .svg or .png")
+    args = parser.parse_args()
+    draw(args.lines).savefig(args.picture, metadata={"Date": None})

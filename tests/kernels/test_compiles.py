@@ -39,8 +39,8 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
 
 
 def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
-    """Of a boundary: what ``post_pre`` launches, ``post`` alone, and a single pass, where more of a
-    token is in registers."""
+    """Of a boundary: what ``post_pre`` launches, ``post`` alone, ``pre``'s own kernel, and a single
+    pass, where more of a token is in registers."""
     variants = {"split_wide": 1, "post_fwd": 2, "project_fwd": 1, "read_fwd": 1, "mix_bwd": 1}
     variants |= {"wide_pre_bwd": 1, "reduce_partials": 2, "wide_streams_bwd": 2}
     selection = f"kernels={','.join(variants)}"
@@ -49,7 +49,8 @@ def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
     assert {name: compiled.count(name) for name in variants} == variants
     selection = "kernels=post_fwd,wide_pre_bwd,wide_streams_bwd"
     lines += compiled_kernels(tmp_path, "n=8", "C=2560", "operations=single_pass", selection)
-    assert len(lines) == sum(variants.values()) + 5
+    lines += compiled_kernels(tmp_path, "n=8", "C=2560", "operations=pre", "kernels=square_fwd")
+    assert len(lines) == sum(variants.values()) + 6
     assert [line for line in lines if "stack 0," not in line] == []
     # A late one of a boundary takes a fifth of the kernel's time.
     waits = [line for line in lines if line.startswith("wide_pre_bwd")]
