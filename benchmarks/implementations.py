@@ -8,6 +8,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import engine
 import torch
 from torch import Tensor
 
@@ -62,9 +63,8 @@ class Implementation:
         return ("streams", "u", "mix") if self.end is None else ("out",)
 
     def backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs, list(self.leaves.values()), self.gradients, retain_graph=True
-        )
+        leaves = list(self.leaves.values())
+        return engine.gradients(outputs, leaves, self.gradients, retain_graph=True)
 
 
 def forward_backward(several: Sequence[Implementation]) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ def forward_backward(several: Sequence[Implementation]) -> tuple[Tensor, ...]:
     outputs = [output for one in several for output in one.forward()]
     leaves = [leaf for one in several for leaf in one.leaves.values()]
     gradients = [gradient for one in several for gradient in one.gradients]
-    return torch.autograd.grad(outputs, leaves, gradients)
+    return engine.gradients(outputs, leaves, gradients)
 
 
 def random_operands(

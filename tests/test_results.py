@@ -240,6 +240,12 @@ def test_several_pairs_in_one_backward_are_several_pairs(benchmark: Callable[[st
         pairs.append(measured.builds_with(None)["reference"](data))
     separate = [grad for one in pairs for grad in one.backward(one.forward())]
     together = implementations.forward_backward(pairs)
+    plain = [
+        grad
+        for one in pairs
+        for grad in torch.autograd.grad(one.forward(), list(one.leaves.values()), one.gradients)
+    ]
+    assert all(map(torch.equal, plain, separate))
     assert len(together) == len(separate) == 2 * len(pairs[0].leaves)
     assert all(map(torch.equal, together, separate))
 
