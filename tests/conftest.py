@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import fake_deep_ep
+from helpers import fake_deep_ep, interpreter
 from helpers.pool import WorkerPool
 
 MAX_RANKS = 4
@@ -35,6 +35,7 @@ LONGEST = (
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    interpreter.prepare_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
