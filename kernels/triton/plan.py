@@ -1,6 +1,6 @@
 """What all calls of one kind have in common, found once: kernels, grids, sizes of buffers.
 
-A call of ``pre``, ``post`` or ``post_pre`` with its backward launches up to seven kernels. Whatever
+A call of ``pre``, ``post`` or ``post_pre`` with its backward launches up to eight kernels. Whatever
 follows from sizes, dtypes and options alone is in its plan; a launch only adds addresses to it.
 """
 
