@@ -7,15 +7,11 @@ which runs stay together. Left: the losses of both residuals; right: what a reci
 of bf16 with the same residual.
 """
 
-import sys
-from pathlib import Path
-
-import matplotlib
 from fp8_training import CURVE, DTYPES
-from kernel_table import Line, read
+from kernel_table import Line
 from matplotlib.figure import Figure
 from multigpu_plot import PLAIN
-from plot_style import tidy
+from plot_style import command, tidy
 
 COLOURS = dict(zip(DTYPES, ("#555555", "#0072B2", "#009E73", "#D55E00"), strict=True))
 DASHES: dict[str, tuple[float, ...]] = {"mHC": (), "plain": (3, 2)}
@@ -64,5 +60,4 @@ def draw(lines: list[Line]) -> Figure:
 
 
 if __name__ == "__main__":
-    matplotlib.rcParams.update({"svg.hashsalt": "fp8", "svg.fonttype": "none"})
-    draw(read(Path(sys.argv[1]))).savefig(sys.argv[2], metadata={"Date": None})
+    command(draw, "fp8", __doc__)

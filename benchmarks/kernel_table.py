@@ -111,7 +111,7 @@ def results(path: str) -> list[Line]:
     try:
         return read(Path(path))
     except (OSError, ValueError) as error:
-        message = f"expected a kernels.jsonl of benchmarks/kernels.py, got {path}: {error}"
+        message = f"expected a results file, JSON lines, got {path}: {error}"
         raise argparse.ArgumentTypeError(message) from error
 
 

@@ -6,16 +6,13 @@ Every figure is of the last run that measured its layout, width and launch. What
 leaves its panel out.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-from kernel_table import Line, read, with_fused_attention
+from kernel_table import Line, with_fused_attention
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot_style import tidy
+from plot_style import command, tidy
 
 COLOURS = ("#888888", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 PLAIN = "megatron_core"
@@ -180,5 +177,4 @@ def _draw_scaling(axes: Axes, lines: list[Line]) -> None:
 
 
 if __name__ == "__main__":
-    matplotlib.rcParams.update({"svg.hashsalt": "multigpu", "svg.fonttype": "none"})
-    draw(read(Path(sys.argv[1]))).savefig(sys.argv[2], metadata={"Date": None})
+    command(draw, "multigpu", __doc__)

@@ -7,15 +7,12 @@ Right: the bytes that an implementation has to move at least; up: its time. A po
 moves no byte twice.
 """
 
-import argparse
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-from kernel_table import Line, newest, results
+from kernel_table import Line, newest
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from plot_style import tidy
+from plot_style import command, tidy
 
 MARKERS = "os^Dv"
 COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
@@ -73,9 +70,4 @@ def draw(lines: list[Line]) -> Figure:
 
 
 if __name__ == "__main__":
-    matplotlib.rcParams.update({"svg.hashsalt": "roofline", "svg.fonttype": "none"})
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lines", type=results, help="kernels.jsonl of a results folder")
-    parser.add_argument("picture", type=Path, help="where to write it, .svg or .png")
-    args = parser.parse_args()
-    draw(args.lines).savefig(args.picture, metadata={"Date": None})
+    command(draw, "roofline", __doc__)

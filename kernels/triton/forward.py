@@ -311,8 +311,7 @@ def mix_fwd(
             u_pointers = u_ptr + branch_rows + channels[None, :]
             tl.store(u_pointers, u.to(u_ptr.dtype.element_ty), mask=mask)
 
-    inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / K + rms_eps)
-    tl.store(raw_ptr + M * T + tokens, inverse_rms, mask=live)
+    inverse_rms = store_inverse_rms(raw_ptr + M * T, squares, tokens, live, rms_eps, K)
     raw = tl.sum(tl.reshape(projected, [PARTS, MP, BT]), axis=0)
     write_read(
         raw,
@@ -405,10 +404,11 @@ def post_fwd(
         for o in tl.static_range(N):
             y = post_mix_stream(x, branch, post, res, o, N).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + rows + (o * C + c + tl.arange(0, BC))[None, :], y, mask=mask)
-            if READS:
-                ys = ys + (widened(y),)
+            if READS or SQUARES:
+                wide = widened(y)
+                ys = ys + (wide,)
             if SQUARES:
-                squares = add_squares(squares, y, BT, BC, VECTOR)
+                squares += lane_sums(wide * wide, BT, BC, VECTOR)
         if READS:
             u = pre_mix(ys, read, N).to(u_ptr.dtype.element_ty)
             tl.store(u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :], u, mask=mask)
@@ -417,14 +417,8 @@ def post_fwd(
 
 
 @triton.jit
-def add_squares(squares, y, BT: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr):
-    """``squares``, [BT, BC / VECTOR], and those of a tile of streams in its own dtype."""
-    wide = widened(y)
-    return squares + lane_sums(wide * wide, BT, BC, VECTOR)
-
-
-@triton.jit
 def store_inverse_rms(inverse_rms_ptr, squares, tokens, live, rms_eps, K: tl.constexpr):
-    """1/RMS of a token's K numbers, from ``add_squares``."""
+    """1/RMS of a token's K numbers, from sums of their squares, [BT, any number]; returns it."""
     inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / K + rms_eps)
     tl.store(inverse_rms_ptr + tokens, inverse_rms, mask=live)
+    return inverse_rms

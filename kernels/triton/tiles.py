@@ -105,7 +105,8 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         if programs * blocks(num_tokens, tiles.weight_split) < 2 * MULTIPROCESSORS:
             tiles = replace(tiles, weight_split=tiles.weight_split // 2)
         # As many programs as there is room for at once, four on a multiprocessor: a few more would
-        # be another round, and fewer tokens in each would be more sums to add up.
+        # be another round, and fewer tokens in each would be more sums to add up. But no less than
+        # two of the same channels: half the tokens in two rounds are faster than all in one.
         tile = tiles.pre_backward
         programs = num_streams * blocks(channels, tile.channels)
         tokens = blocks(num_tokens, max(2, 4 * MULTIPROCESSORS // programs))

@@ -9,11 +9,13 @@ sum over them is added up by the kernel that reads the streams.
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.forward import add_squares, store_inverse_rms, write_read
+from mhc_megatron.kernels.triton.forward import store_inverse_rms, write_read
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
     interleaved_place,
+    lane_sums,
+    load_streams,
     phi_pointers,
     span_of,
     token_rows,
@@ -65,10 +67,9 @@ def square_fwd(
     squares = tl.zeros([BT, BC // VECTOR], tl.float32)
     for c in tl.range(0, C, BC, num_stages=STAGES):
         mask = channel_mask(live, c, C, BC)
+        x = load_streams(rows, c, mask, N, C, BC, "")
         for i in tl.static_range(N):
-            pointers = rows + (i * C + c + tl.arange(0, BC))[None, :]
-            x = tl.load(pointers, mask=mask, other=0.0)
-            squares = add_squares(squares, x, BT, BC, VECTOR)
+            squares += lane_sums(x[i] * x[i], BT, BC, VECTOR)
     store_inverse_rms(raw_ptr + M * T, squares, tokens, live, rms_eps, N * C)
 
 

@@ -44,7 +44,7 @@ def test_programs_of_weight_bwd_are_two_for_every_multiprocessor(
 def test_programs_of_pre_bwd_are_at_most_four_for_every_multiprocessor(
     tokens: int, channels: int, of_a_program: int, programs: int
 ) -> None:
-    """But where the channels alone make more."""
+    """But where two programs of the same channels make more."""
     tiles = default_tiles(4, tokens, channels, torch.bfloat16)
     assert tiles.pre_split == of_a_program
     assert of_a_program % tiles.pre_backward.tokens == 0
