@@ -56,26 +56,27 @@ def spans(tiles: list[Tile], channels: str) -> list[Tile]:
 
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
+    "pre": grid("16 32 64", "64", "4 8", "2 3 4"),
     "post": one_chunk(grid("8 16", "128 256 512", "4 8", "1")),
     "rebuild": grid("4 8 16", "64 128 256 512", "4 8", "1"),
-    "mix_backward": grid("16 32", "64 128 256", "4 8", "2 3"),
+    "mix_backward": grid("4 8 16 32", "64 128 256", "1 2 4 8", "2 3"),
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
-    "post_backward": grid("4 8 16 32", "64 128 256", "4 8", "1 2 3"),
+    "post_backward": grid("1 2 4 8 16", "128 256", "1 2 4 8", "1 2 3"),
     "pre_backward": grid("16 32 64", "64 128 256", "4 8", "2 3 4"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
 }
 
 # Of more than four streams, instead of the above.
 WIDE_CANDIDATES = {
-    "mix": grid("16 32", "32 64 128", "4 8", "2 3 4"),
-    "post": grid("2 4 8", "128 256 512", "2 4 8", "1 2 3 4"),
+    "mix": grid("2 4 8 16 32", "64 128", "1 2 4 8", "2 3 4"),
+    "post": grid("1 2 4 8", "128 256 512", "1 2 4 8", "1 2 3 4"),
     "project": spans(grid("64 128 256", "32 64", "4 8", "2 3 4"), "1280 2560 5120"),
     "mix_backward": grid("16 32", "32 64", "4 8", "2 3"),
-    "post_backward": grid("2 4 8", "64 128 256", "2 4 8", "2 3 4"),
+    "post_backward": grid("1 2 4 8", "64 128 256", "1 2 4 8", "2 3 4"),
     "pre_backward": grid("64 128", "32 64 128", "4 8", "2 3"),
 }
 # Launched for up to four streams alone.
-NARROW = ("streams_backward", "weight_backward")
+NARROW = ("pre", "streams_backward", "weight_backward")
 
 KERNELS = ["project", *CANDIDATES]
 
@@ -108,6 +109,11 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         default = plan_of(*post[:3], options=options())
         plan = plan_of(*post[:3], options=options(), tiles=tiles)
         factors, kept_factors = launch.factor_weight(plan, None, one.weight)
+        if kernel == "pre":
+            plan = plan_of(one.streams, options=options(), tiles=tiles)
+            alone = (None, one.streams, None, None, None, factors, parameters, None)
+            made.append(partial(launch.mix, plan, *alone))
+            continue
         mixed = (None, *post, factors, parameters, None)
         if kernel in ("mix", "project"):
             made.append(partial(launch.mix, plan, *mixed))

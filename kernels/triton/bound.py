@@ -189,7 +189,7 @@ def read_fwd(
         NP=padded(n, 2),
         NN=padded(n * n, 2),
         M=num_logits,
-        MP=padded(num_logits, 16),
+        LATER=padded(num_logits - n if reads else num_logits, 2),
         PARTS=parts_of(dtype),
         PROJECTION=options.projection,
         ITERATIONS=options.iterations,
@@ -197,6 +197,7 @@ def read_fwd(
         HAS_NORM=has_norm,
         SPLITS=project.splits(n * channels),
         TILE=project.tokens,
+        COUNT=later_tokens(n, tile),
         BT=tile.tokens,
         BC=tile.channels,
         STAGES=tile.num_stages,
@@ -205,9 +206,9 @@ def read_fwd(
 
 
 def later_tokens(n: int, tile: Tile) -> int:
-    """Of a program of ``mix_bwd`` that walks through iterations: one for every thread, unless a
-    block of their matrices would fill more than 16 registers; and no fewer than of one that reads
-    streams, which is counted for both."""
+    """Of a program of ``mix_bwd`` or ``read_fwd`` that walks through iterations: one for every
+    thread, unless a block of their matrices would fill more than 16 registers; and no fewer than of
+    one that reads streams, which ``mix_bwd`` counts for both."""
     return max(tile.tokens, min(32, 512 // padded(n * n, 2)) * tile.num_warps)
 
 

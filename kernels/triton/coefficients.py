@@ -106,15 +106,74 @@ def write_mappings(
     ITERATIONS: tl.constexpr,
 ):
     """``mappings`` of the tile's tokens, to ``packed``."""
+    write_pre(raw_ptr, alpha_pre_ptr, bias_ptr, packed_ptr, tokens, T, eps, N, NP, PROJECTION)
+    write_later(
+        raw_ptr,
+        alpha_post_ptr,
+        alpha_res_ptr,
+        bias_ptr,
+        matrices_ptr,
+        packed_ptr,
+        tokens,
+        T,
+        eps,
+        N,
+        NP,
+        NN,
+        M,
+        PROJECTION,
+        ITERATIONS,
+    )
+
+
+@triton.jit
+def write_pre(
+    raw_ptr,
+    alpha_ptr,
+    bias_ptr,
+    packed_ptr,
+    tokens,
+    T,
+    eps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):
+    """H_pre, which reads the streams."""
     pre = load_block(raw_ptr, 0, tokens, T, N, NP)
-    pre = gate(pre, tl.load(alpha_pre_ptr), load_bias(bias_ptr, 0, N, NP), PROJECTION)
-    post = load_block(raw_ptr, N, tokens, T, N, NP)
-    post = gate(post, tl.load(alpha_post_ptr), load_bias(bias_ptr, N, N, NP), PROJECTION)
+    pre = gate(pre, tl.load(alpha_ptr), load_bias(bias_ptr, 0, N, NP), PROJECTION)
     if PROJECTION != "unconstrained":
-        # pre = pre.sigmoid() (+ eps), post = 2 * post.sigmoid()
+        # pre = pre.sigmoid() (+ eps)
         pre = tl.sigmoid(pre)
         if PROJECTION == "sinkhorn_v4":
             pre += eps
+    pointers, mask = block_pointers(packed_ptr, 0, tokens, T, N, NP)
+    tl.store(pointers, pre, mask=mask)
+
+
+@triton.jit
+def write_later(
+    raw_ptr,
+    alpha_post_ptr,
+    alpha_res_ptr,
+    bias_ptr,
+    matrices_ptr,
+    packed_ptr,
+    tokens,
+    T,
+    eps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    NN: tl.constexpr,
+    M: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+):
+    """H_post and H_res, which nobody asks for before the branch is done."""
+    post = load_block(raw_ptr, N, tokens, T, N, NP)
+    post = gate(post, tl.load(alpha_post_ptr), load_bias(bias_ptr, N, N, NP), PROJECTION)
+    if PROJECTION != "unconstrained":
+        # post = 2 * post.sigmoid()
         post = 2.0 * tl.sigmoid(post)
 
     res_pointers, res_mask = block_pointers(packed_ptr, 2 * N, tokens, T, N * N, NN)
@@ -143,8 +202,6 @@ def write_mappings(
             res = sinkhorn_fwd(logits, eps, raw_ptr, tokens, live, T, N, ITERATIONS, V4, False)
             res = block_of(res, N * N, LEVELS)
 
-    pointers, mask = block_pointers(packed_ptr, 0, tokens, T, N, NP)
-    tl.store(pointers, pre, mask=mask)
     pointers, mask = block_pointers(packed_ptr, N, tokens, T, N, NP)
     tl.store(pointers, post, mask=mask)
     tl.store(res_pointers, res, mask=res_mask)

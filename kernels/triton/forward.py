@@ -98,99 +98,64 @@ def split_wide(
 
 
 @triton.jit
-def write_read(
-    raw,
-    inverse_rms,
-    alpha_pre_ptr,
-    alpha_post_ptr,
-    alpha_res_ptr,
-    bias_ptr,
-    matrices_ptr,
-    y_ptr,
-    rows,
-    u_ptr,
-    branch_rows,
-    raw_ptr,
-    next_packed_ptr,
-    read_ptr,
+def write_raw(raw_ptr, raw, inverse_rms, first_row, LAST: tl.constexpr, tokens, live, T):
+    """``raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)`` from ``vec(x) phi``, [rows, BT], of which
+    those below LAST are written; the program may then read them."""
+    raw *= inverse_rms[None, :]
+    rows = first_row + tl.arange(0, raw.shape[0])[:, None]
+    mask = (rows < LAST) & live[None, :]
+    tl.store(raw_ptr + rows * T + tokens[None, :], raw, mask=mask)
+    # Other threads than wrote them read raw, and behind it the mappings and y.
+    tl.debug_barrier()
+
+
+@triton.jit
+def mix_input(
+    y_rows,
+    u_rows,
+    packed_ptr,
     norm_weight_ptr,
     norm_inverse_rms_ptr,
     tokens,
     live,
     T,
-    eps,
     norm_eps,
     C: tl.constexpr,
     N: tl.constexpr,
-    NP: tl.constexpr,
-    NN: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    PROJECTION: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    READS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """From ``vec(x) phi``, [MP, BT], and 1/RMS: raw, the mappings, and if it READS u.
+    """u by the mappings that the program wrote to ``packed``.
 
-    ``read_ptr``: the mappings by which u is read, which may be those that are made here.
-    ``rows``, ``branch_rows``: [BT, 1], places of each token's streams and of its u.
+    ``y_rows``, ``u_rows``: [BT, 1], places of each token's streams and of its u.
     """
-    # raw = vec(x) phi / sqrt(mean(vec(x)^2) + eps)
-    raw *= inverse_rms[None, :]
-    logit_rows = tl.arange(0, MP)[:, None]
-    raw_mask = (logit_rows < M) & live[None, :]
-    tl.store(raw_ptr + logit_rows * T + tokens[None, :], raw, mask=raw_mask)
-    # Other threads than wrote them read raw, and below y.
+    # From memory, whose loads take the layout of the tiles of streams. Of many streams these
+    # took the layout of registers, a token per lane, and every load of a tile all lanes' bank.
     tl.debug_barrier()
-    write_mappings(
-        raw_ptr,
-        alpha_pre_ptr,
-        alpha_post_ptr,
-        alpha_res_ptr,
-        bias_ptr,
-        matrices_ptr,
-        next_packed_ptr,
-        tokens,
-        T,
-        eps,
-        N,
-        NP,
-        NN,
-        M,
-        PROJECTION,
-        ITERATIONS,
-    )
-    if READS:
-        # From memory, whose loads take the layout of the tiles of streams. Of many streams these
-        # took the layout of registers, a token per lane, and every load of a tile all lanes' bank.
-        tl.debug_barrier()
-        read = load_coefficients(read_ptr, 0, tokens, live, T, N)
-        y_rows = y_ptr + rows
-        # From the last chunk to the first: what was written last is still in L2.
-        CHUNKS: tl.constexpr = (C + BC - 1) // BC
+    read = load_coefficients(packed_ptr, 0, tokens, live, T, N)
+    # From the last chunk to the first: what was written last is still in L2.
+    CHUNKS: tl.constexpr = (C + BC - 1) // BC
+    if HAS_NORM:
+        u_squares = tl.zeros([BT, BC], tl.float32)
+    for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
+        c = (CHUNKS - 1 - chunk) * BC
+        mask = channel_mask(live, c, C, BC)
+        y_tiles = load_streams(y_rows, c, mask, N, C, BC, "evict_first")
+        # u = sum_i H_pre[i] x[i]
+        u = pre_mix(y_tiles, read, N)
+        u_pointers = u_rows + (c + tl.arange(0, BC))[None, :]
+        stored = u.to(u_rows.dtype.element_ty)
+        tl.store(u_pointers, stored, mask=mask)
         if HAS_NORM:
-            u_squares = tl.zeros([BT, BC], tl.float32)
-        for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-            c = (CHUNKS - 1 - chunk) * BC
-            mask = channel_mask(live, c, C, BC)
-            y_tiles = load_streams(y_rows, c, mask, N, C, BC, "evict_first")
-            # u = sum_i H_pre[i] x[i]
-            u = pre_mix(y_tiles, read, N)
-            u_pointers = u_ptr + branch_rows + (c + tl.arange(0, BC))[None, :]
-            stored = u.to(u_ptr.dtype.element_ty)
-            tl.store(u_pointers, stored, mask=mask)
-            if HAS_NORM:
-                wide = widened(stored)
-                u_squares += wide * wide
-        if HAS_NORM:
-            # v = w u / sqrt(mean(u^2) + eps), in u's place
-            norm_inverse_rms = tl.rsqrt(tl.sum(u_squares, axis=1) / C + norm_eps)
-            tl.store(norm_inverse_rms_ptr + tokens, norm_inverse_rms, mask=live)
-            normalise(u_ptr + branch_rows, norm_weight_ptr, norm_inverse_rms, live, C, BC, STAGES)
+            wide = widened(stored)
+            u_squares += wide * wide
+    if HAS_NORM:
+        # v = w u / sqrt(mean(u^2) + eps), in u's place
+        norm_inverse_rms = tl.rsqrt(tl.sum(u_squares, axis=1) / C + norm_eps)
+        tl.store(norm_inverse_rms_ptr + tokens, norm_inverse_rms, mask=live)
+        normalise(u_rows, norm_weight_ptr, norm_inverse_rms, live, C, BC, STAGES)
 
 
 @triton.jit
@@ -313,42 +278,43 @@ def mix_fwd(
 
     inverse_rms = store_inverse_rms(raw_ptr + M * T, squares, tokens, live, rms_eps, K)
     raw = tl.sum(tl.reshape(projected, [PARTS, MP, BT]), axis=0)
-    write_read(
-        raw,
-        inverse_rms,
+    write_raw(raw_ptr, raw, inverse_rms, 0, M, tokens, live, T)
+    write_mappings(
+        raw_ptr,
         alpha_pre_ptr,
         alpha_post_ptr,
         alpha_res_ptr,
         bias_ptr,
         matrices_ptr,
-        y_ptr if HAS_POST else x_ptr,
-        rows,
-        u_ptr,
-        branch_rows,
-        raw_ptr,
         next_packed_ptr,
-        next_packed_ptr,
-        norm_weight_ptr,
-        norm_inverse_rms_ptr,
         tokens,
-        live,
         T,
         eps,
-        norm_eps,
-        C,
         N,
         NP,
         NN,
         M,
-        MP,
         PROJECTION,
         ITERATIONS,
-        not SINGLE_PASS,
-        HAS_NORM,
-        BT,
-        BC,
-        STAGES,
     )
+    if not SINGLE_PASS:
+        mix_input(
+            (y_ptr if HAS_POST else x_ptr) + rows,
+            u_ptr + branch_rows,
+            next_packed_ptr,
+            norm_weight_ptr,
+            norm_inverse_rms_ptr,
+            tokens,
+            live,
+            T,
+            norm_eps,
+            C,
+            N,
+            HAS_NORM,
+            BT,
+            BC,
+            STAGES,
+        )
 
 
 @triton.jit

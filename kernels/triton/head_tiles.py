@@ -56,7 +56,8 @@ def default_head_tiles(num_streams: int, dtype: torch.dtype) -> HeadTiles:
         )
     return HeadTiles(
         copies=Tile(tokens=16, channels=128),
-        learned=Tile(tokens=16, channels=128, num_warps=8, num_stages=2),
+        learned=Tile(tokens=4, channels=128, num_warps=1),
         weights_backward=Tile(tokens=16, channels=128),
-        streams_backward=Tile(tokens=32, channels=64, num_warps=8),
+        streams_backward=Tile(tokens=16, channels=64),
+        split=512,
     )

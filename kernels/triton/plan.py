@@ -15,7 +15,7 @@ from mhc_megatron.kernels.triton import bound
 from mhc_megatron.kernels.triton.arguments import INTERPRETED, Shape
 from mhc_megatron.kernels.triton.buffers import Buffers, Call
 from mhc_megatron.kernels.triton.compiled import Prepared, current_stream
-from mhc_megatron.kernels.triton.tiles import Tiles, blocks, default_tiles
+from mhc_megatron.kernels.triton.tiles import Tile, Tiles, blocks, default_tiles
 
 
 def plan_of(
@@ -99,13 +99,8 @@ class Plan(Buffers):
 
     @cached_property
     def post_fwd(self) -> Prepared:
-        tile = self.call.tiles.post
         squares = self.wide and self.num_logits > 0
-        if squares and tile.splits(self.channels) > 1:
-            raise ValueError(
-                f"tiles.post.span: expected None, as 1/RMS of {self.num_streams} streams is of all "
-                f"{self.channels} channels, got {tile.span}"
-            )
+        tile = self._square_tile if squares else self.call.tiles.post
         sizes = self.num_streams, self.channels, self.num_logits, self.dtype
         kernel = bound.post_fwd(*sizes, tile, self.has_bias, self.single_pass, squares)
         numbers = self.num_tokens, self.options.rms_eps if squares else 0.0
@@ -114,21 +109,37 @@ class Plan(Buffers):
     @cached_property
     def square_fwd(self) -> Prepared:
         """Of many streams, in the place of ``post_fwd`` where nothing is written."""
-        tile = self.call.tiles.post
+        tile = self._square_tile
+        if self.call.tiles.pre is not None:
+            raise ValueError(
+                f"tiles.pre: expected None, as of {self.num_streams} streams there are "
+                f"tiles.project and tiles.mix, got {self.call.tiles.pre}"
+            )
         sizes = self.num_streams, self.channels, self.num_logits, self.dtype
         kernel = bound.square_fwd(*sizes, tile)
         numbers = self.num_tokens, self.options.rms_eps
         return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
 
+    @property
+    def _square_tile(self) -> Tile:
+        """Of a kernel that makes 1/RMS of many streams."""
+        tile = self.call.tiles.post
+        if tile.splits(self.channels) > 1:
+            raise ValueError(
+                f"tiles.post.span: expected None, as 1/RMS of {self.num_streams} streams is of all "
+                f"{self.channels} channels, got {tile.span}"
+            )
+        return tile
+
     @cached_property
     def mix_fwd(self) -> Prepared:
-        options, tile = self.options, self.call.tiles.mix
+        tile = self._mix_tile
         kernel = bound.mix_fwd(
             self.num_streams,
             self.channels,
             self.num_logits,
             self.dtype,
-            options,
+            self.options,
             tile,
             self.has_branch,
             self.has_bias,
@@ -137,6 +148,19 @@ class Plan(Buffers):
         )
         numbers = self.num_tokens, self.options.rms_eps, self.options.eps, self._norm_eps
         return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
+
+    @property
+    def _mix_tile(self) -> Tile:
+        """Of ``mix_fwd``, with or without ``post``."""
+        mix, pre = self.call.tiles.mix, self.call.tiles.pre
+        if self.has_branch or pre is None:
+            return mix
+        if pre.channels != mix.channels:
+            raise ValueError(
+                f"tiles.pre.channels: expected {mix.channels}, as tiles.mix has and phi is laid "
+                f"out for, got {pre.channels}"
+            )
+        return pre
 
     @property
     def _norm_eps(self) -> float:
@@ -165,8 +189,11 @@ class Plan(Buffers):
             not self.single_pass,
             self.has_norm,
         )
+        programs = blocks(self.num_tokens, bound.later_tokens(self.num_streams, tile))
+        if not self.single_pass:
+            programs += blocks(self.num_tokens, tile.tokens)
         numbers = self.num_tokens, self.options.eps, self._norm_eps
-        return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
+        return Prepared(kernel, (programs,), numbers)
 
     @cached_property
     def mix_bwd(self) -> tuple[Prepared, Prepared]:

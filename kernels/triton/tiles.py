@@ -36,6 +36,8 @@ class Tiles:
     Attributes:
         mix: ``mix_fwd``, post and the next pre in one pass; tokens at least 16, channels 8. Of more
             than four streams ``read_fwd``, what follows ``project_fwd``.
+        pre: ``mix_fwd`` of ``pre`` alone, of up to four streams; of as many channels as ``mix``, so
+            that both have the same bits. None for ``mix``.
         project: ``project_fwd``, of more than four streams, with a ``span``; tokens at least 16.
         post: ``post_fwd``, post alone; of more than four streams also in ``post_pre``, and there
             without a span, and ``square_fwd``.
@@ -69,6 +71,7 @@ class Tiles:
     streams_backward: Tile | None = None
     weight_backward: Tile | None = None
     mix_backward_norm: Tile | None = None
+    pre: Tile | None = None
     project: Tile | None = None
     pre_split: int = 1024
     weight_split: int = 1024
@@ -104,6 +107,9 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         programs = blocks(width, tiles.weight_backward.channels)
         if programs * blocks(num_tokens, tiles.weight_split) < 2 * MULTIPROCESSORS:
             tiles = replace(tiles, weight_split=tiles.weight_split // 2)
+        # A program of ``mix_fwd`` fills a multiprocessor, and reads phi once for all of its tokens.
+        if blocks(num_tokens, tiles.mix.tokens) > MULTIPROCESSORS:
+            tiles = replace(tiles, pre=Tile(tokens=64, channels=64, num_warps=8))
         # As many programs as there is room for at once, four on a multiprocessor: a few more would
         # be another round, and fewer tokens in each would be more sums to add up. But no less than
         # two of the same channels: half the tokens in two rounds are faster than all in one.
@@ -131,16 +137,17 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=64, num_stages=2),
             weight_backward=Tile(tokens=32, channels=64),
         )
-    # Measured at T = 4096, C = 2560: on an H100 post, rebuild, and of four streams mix_backward,
-    # streams_backward and weight_backward, the others on an H200.
+    # Measured at T = 4096, C = 2560: on an H100 post, rebuild, and of four streams
+    # mix_backward_norm, streams_backward and weight_backward, the others on an H200.
     if num_streams == 2:
         return Tiles(
             mix=Tile(tokens=16, channels=64, num_stages=5),
             post=Tile(tokens=16, channels=128, num_stages=1, span=128),
             rebuild=Tile(tokens=16, channels=128, num_stages=1),
-            mix_backward=Tile(tokens=16, channels=128),
+            mix_backward=Tile(tokens=4, channels=128, num_warps=1),
+            mix_backward_norm=Tile(tokens=16, channels=128),
             streams_backward=Tile(tokens=16, channels=64),
-            post_backward=Tile(tokens=16, channels=128, num_stages=1),
+            post_backward=Tile(tokens=1, channels=256, num_warps=1, num_stages=1),
             pre_backward=Tile(tokens=32, channels=64, num_stages=4),
             weight_backward=Tile(tokens=128, channels=128, num_warps=8, num_stages=4),
             weight_split=2048,
@@ -149,7 +156,8 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         mix=Tile(tokens=32, channels=64, num_stages=4),
         post=Tile(tokens=16, channels=128, num_stages=1, span=128),
         rebuild=Tile(tokens=16, channels=128, num_stages=1),
-        mix_backward=Tile(tokens=16, channels=128),
+        mix_backward=Tile(tokens=4, channels=128, num_warps=1),
+        mix_backward_norm=Tile(tokens=16, channels=128),
         streams_backward=Tile(tokens=32, channels=64, num_warps=8),
         post_backward=Tile(tokens=4, channels=256, num_stages=1),
         pre_backward=Tile(tokens=32, channels=64, num_stages=3),
@@ -173,11 +181,11 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         )
     # Measured at T = 4096, C = 2560, n = 8 on an H200, but rebuild.
     return Tiles(
-        mix=Tile(tokens=32, channels=64),
+        mix=Tile(tokens=8, channels=128),
         project=Tile(tokens=128, channels=64, num_warps=8, num_stages=4, span=5120),
         post=Tile(tokens=4, channels=256),
         rebuild=Tile(tokens=16, channels=64, num_stages=1),
         mix_backward=Tile(tokens=32, channels=64),
-        post_backward=Tile(tokens=4, channels=128),
+        post_backward=Tile(tokens=1, channels=128, num_warps=1),
         pre_backward=Tile(tokens=64, channels=64, num_stages=3),
     )

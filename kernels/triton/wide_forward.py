@@ -9,7 +9,8 @@ sum over them is added up by the kernel that reads the streams.
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.forward import store_inverse_rms, write_read
+from mhc_megatron.kernels.triton.coefficients import write_later, write_pre
+from mhc_megatron.kernels.triton.forward import mix_input, store_inverse_rms, write_raw
 from mhc_megatron.kernels.triton.tile_math import (
     channel_mask,
     dot,
@@ -160,7 +161,7 @@ def read_fwd(
     NP: tl.constexpr,
     NN: tl.constexpr,
     M: tl.constexpr,
-    MP: tl.constexpr,
+    LATER: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
@@ -168,61 +169,207 @@ def read_fwd(
     HAS_NORM: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE: tl.constexpr,
+    COUNT: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Raw logits and mappings of BT tokens, and if it READS u; 1/RMS is in row M of ``raw``.
+    """Raw logits and mappings, and if it READS u; 1/RMS is in row M of ``raw``.
 
-    ``sums``: of ``project_fwd`` in tiles of TILE tokens, of SPLITS programs each.
+    The first programs have COUNT tokens each, H_post and H_res, whose iterations wait for each
+    other; the others BT tokens, H_pre and u, and wait for memory. Without READS there are only the
+    first, which have all mappings.
+
+    ``sums``: of ``project_fwd`` in tiles of TILE tokens, of SPLITS programs each. LATER: a power of
+    two for the first programs' rows.
     """
     T = tl.cast(T, tl.int64)
-    # The last tokens first: what was written last is still in L2.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BT
-    tokens = first + tl.arange(0, BT)
+    program = tl.program_id(0)
+    programs = tl.cast(tl.cdiv(T, COUNT), tl.int32)
+    if program < programs:
+        later_fwd(
+            program.to(tl.int64) * COUNT + tl.arange(0, COUNT),
+            sums_ptr,
+            alpha_pre_ptr,
+            alpha_post_ptr,
+            alpha_res_ptr,
+            bias_ptr,
+            matrices_ptr,
+            raw_ptr,
+            next_packed_ptr,
+            T,
+            eps,
+            N,
+            NP,
+            NN,
+            M,
+            LATER,
+            PARTS,
+            PROJECTION,
+            ITERATIONS,
+            READS,
+            SPLITS,
+            TILE,
+            COUNT,
+        )
+    elif READS:
+        # The last tokens first: what was written last is still in L2.
+        input_fwd(
+            (tl.num_programs(0) - 1 - program).to(tl.int64) * BT,
+            y_ptr,
+            sums_ptr,
+            alpha_pre_ptr,
+            bias_ptr,
+            u_ptr,
+            raw_ptr,
+            next_packed_ptr,
+            norm_weight_ptr,
+            norm_inverse_rms_ptr,
+            T,
+            eps,
+            norm_eps,
+            C,
+            N,
+            NP,
+            M,
+            PARTS,
+            PROJECTION,
+            HAS_NORM,
+            SPLITS,
+            TILE,
+            BT,
+            BC,
+            STAGES,
+        )
+
+
+@triton.jit
+def later_fwd(
+    tokens,
+    sums_ptr,
+    alpha_pre_ptr,
+    alpha_post_ptr,
+    alpha_res_ptr,
+    bias_ptr,
+    matrices_ptr,
+    raw_ptr,
+    packed_ptr,
+    T,
+    eps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    NN: tl.constexpr,
+    M: tl.constexpr,
+    LATER: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    READS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """H_post and H_res, and H_pre where no program READS by it."""
+    FIRST: tl.constexpr = N if READS else 0
     live = tokens < T
-    rows = tl.arange(0, MP)[:, None]
-    raw = tl.zeros([MP, BT], tl.float32)
-    for split in tl.static_range(SPLITS):
-        program = tokens // TILE * SPLITS + split
-        block = sums_ptr + program * (PARTS * M * TILE) + tokens % TILE
-        for part in tl.static_range(PARTS):
-            part_rows = block[None, :] + (part * M + rows) * TILE
-            raw += tl.load(part_rows, mask=(rows < M) & live[None, :], other=0.0)
+    raw = load_sums(sums_ptr, FIRST, tokens, live, M, LATER, PARTS, SPLITS, TILE, COUNT)
     inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
-    write_read(
-        raw,
-        inverse_rms,
-        alpha_pre_ptr,
+    write_raw(raw_ptr, raw, inverse_rms, FIRST, M, tokens, live, T)
+    if not READS:
+        write_pre(raw_ptr, alpha_pre_ptr, bias_ptr, packed_ptr, tokens, T, eps, N, NP, PROJECTION)
+    write_later(
+        raw_ptr,
         alpha_post_ptr,
         alpha_res_ptr,
         bias_ptr,
         matrices_ptr,
-        y_ptr + first * (N * C),
-        tl.arange(0, BT)[:, None] * (N * C),
-        u_ptr + first * C,
-        tl.arange(0, BT)[:, None] * C,
-        raw_ptr,
-        next_packed_ptr,
-        next_packed_ptr,
+        packed_ptr,
+        tokens,
+        T,
+        eps,
+        N,
+        NP,
+        NN,
+        M,
+        PROJECTION,
+        ITERATIONS,
+    )
+
+
+@triton.jit
+def input_fwd(
+    first,
+    y_ptr,
+    sums_ptr,
+    alpha_ptr,
+    bias_ptr,
+    u_ptr,
+    raw_ptr,
+    packed_ptr,
+    norm_weight_ptr,
+    norm_inverse_rms_ptr,
+    T,
+    eps,
+    norm_eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """H_pre and u of BT tokens."""
+    tokens = first + tl.arange(0, BT)
+    live = tokens < T
+    raw = load_sums(sums_ptr, 0, tokens, live, M, NP, PARTS, SPLITS, TILE, BT)
+    inverse_rms = tl.load(raw_ptr + M * T + tokens, mask=live, other=0.0)
+    write_raw(raw_ptr, raw, inverse_rms, 0, N, tokens, live, T)
+    write_pre(raw_ptr, alpha_ptr, bias_ptr, packed_ptr, tokens, T, eps, N, NP, PROJECTION)
+    mix_input(
+        y_ptr + first * (N * C) + tl.arange(0, BT)[:, None] * (N * C),
+        u_ptr + first * C + tl.arange(0, BT)[:, None] * C,
+        packed_ptr,
         norm_weight_ptr,
         norm_inverse_rms_ptr,
         tokens,
         live,
         T,
-        eps,
         norm_eps,
         C,
         N,
-        NP,
-        NN,
-        M,
-        MP,
-        PROJECTION,
-        ITERATIONS,
-        READS,
         HAS_NORM,
         BT,
         BC,
         STAGES,
     )
+
+
+@triton.jit
+def load_sums(
+    sums_ptr,
+    first_row: tl.constexpr,
+    tokens,
+    live,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """``vec(y) phi``, [ROWS, BT], of ``project_fwd``'s sums in a fixed order."""
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    mask = (rows < M) & live[None, :]
+    raw = tl.zeros([ROWS, BT], tl.float32)
+    for split in tl.static_range(SPLITS):
+        program = tokens // TILE * SPLITS + split
+        block = sums_ptr + program * (PARTS * M * TILE) + tokens % TILE
+        for part in tl.static_range(PARTS):
+            raw += tl.load(block[None, :] + (part * M + rows) * TILE, mask=mask, other=0.0)
+    return raw

@@ -178,9 +178,13 @@ def wide_pre_bwd(
         grad = add_projected_product(grad, projected, phi, GROUPS, TERMS, PRECISION)
         radial = load_radial(radial_ptr + start, tokens, live, T, SINGLE_PASS)
         grad = tl.fma(radial[:, None], x.to(tl.float32), grad)
+        # Together, so that one tile goes into the product's layout instead of two.
+        given = grad_u.to(tl.float32)
         if HAS_GRAD_Y:
-            grad += grad_y.to(tl.float32)
-        grad = tl.fma(read[:, None], grad_u.to(tl.float32), grad)
+            given = tl.fma(read[:, None], given, grad_y.to(tl.float32))
+        else:
+            given *= read[:, None]
+        grad += given
         places = at + rows * K + numbers
         if SCALED:
             half, scale = scaled_half(grad)

@@ -58,8 +58,17 @@ def test_programs_of_pre_bwd_are_at_most_four_for_every_multiprocessor(
 def test_nothing_else_depends_on_tokens_and_channels(n: int, dtype: torch.dtype) -> None:
     few, many = default_tiles(n, 1024, 1280, dtype), default_tiles(n, 8192, 4096, dtype)
     assert (few == many) == (n != 4 or dtype != torch.bfloat16)
-    splits = {"weight_split": many.weight_split, "pre_split": many.pre_split}
-    assert replace(few, **splits) == many
+    changed = {name: getattr(many, name) for name in ("weight_split", "pre_split", "pre")}
+    assert replace(few, **changed) == many
+
+
+@pytest.mark.parametrize(("tokens", "of_a_program"), [(4224, 32), (4225, 64), (8192, 64)])
+def test_programs_of_pre_have_more_tokens_where_there_would_be_two_rounds(
+    tokens: int, of_a_program: int
+) -> None:
+    tiles = default_tiles(4, tokens, 64, torch.bfloat16)
+    assert (tiles.pre or tiles.mix).tokens == of_a_program
+    assert (tiles.pre or tiles.mix).channels == tiles.mix.channels
 
 
 def test_programs_that_square_all_streams_cannot_share_a_tokens_channels() -> None:
@@ -70,6 +79,9 @@ def test_programs_that_square_all_streams_cannot_share_a_tokens_channels() -> No
     plan = plan_of(streams, streams[:, 0], options=MappingOptions(), tiles=tiles)
     with pytest.raises(ValueError, match=r"tiles\.post\.span: expected None.* got 32"):
         plan.post_fwd  # noqa: B018
+    plan = plan_of(streams, options=MappingOptions(), tiles=tiles)
+    with pytest.raises(ValueError, match=r"tiles\.post\.span: expected None.* got 32"):
+        plan.square_fwd  # noqa: B018
 
 
 def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
@@ -79,3 +91,16 @@ def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
     assert plan_of(streams, options=MappingOptions(), tiles=tiles).chunk_width == 64
     with pytest.raises(ValueError, match=r"tiles\.mix\.channels: expected at least 8 .* got 4"):
         plan_of(streams, options=MappingOptions(), tiles=narrow).chunk_width  # noqa: B018
+
+
+def test_a_tile_of_pre_that_its_streams_cannot_have_is_refused() -> None:
+    tile = Tile(tokens=64, channels=32)
+    streams = torch.empty(5, 4, 16, dtype=torch.bfloat16, device="meta")
+    tiles = replace(default_tiles(4, 5, 16, torch.bfloat16), pre=tile)
+    with pytest.raises(ValueError, match=r"tiles\.pre\.channels: expected 64.* got 32"):
+        plan_of(streams, options=MappingOptions(), tiles=tiles).mix_fwd  # noqa: B018
+    assert plan_of(streams, streams[:, 0], options=MappingOptions(), tiles=tiles).mix_fwd
+    streams = torch.empty(5, 8, 16, dtype=torch.bfloat16, device="meta")
+    tiles = replace(default_tiles(8, 5, 16, torch.bfloat16), pre=tile)
+    with pytest.raises(ValueError, match=r"tiles\.pre: expected None, as of 8 streams"):
+        plan_of(streams, options=MappingOptions(), tiles=tiles).square_fwd  # noqa: B018
