@@ -5,11 +5,11 @@
 Of a figure that was measured twice the last counts.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
-from kernel_table import markdown, read
+from kernel_table import markdown, results
 
 from mhc_megatron.report.curves import Curve
 from mhc_megatron.report.plots import BLUE, VERMILLION, Line, line_chart
@@ -86,8 +86,18 @@ def _latest(lines: list[Record], metric: str) -> list[Record]:
     return list(found.values())
 
 
+def folder(path: str) -> tuple[list[Record], list[Record]]:
+    """The lines of memory and time, of a command's argument."""
+    names = ("recompute_memory.jsonl", "recompute_time.jsonl")
+    memories, times = (results(str(Path(path) / name)) for name in names)
+    return memories, times
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    measured = read(folder / "recompute_memory.jsonl")
-    print(memory(measured), time(read(folder / "recompute_time.jsonl")), sep="\n\n")
-    Path(sys.argv[2]).write_text(draw(measured))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=folder, help="a results folder")
+    parser.add_argument("picture", type=Path, help="where to write it, .svg")
+    args = parser.parse_args()
+    measured, times = args.results
+    print(memory(measured), time(times), sep="\n\n")
+    args.picture.write_text(draw(measured))

@@ -10,10 +10,10 @@
 Of a figure that was measured twice the last counts.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-from kernel_table import Line, markdown, read, with_fused_attention
+from kernel_table import Line, markdown, results, with_fused_attention
 from multigpu_plot import PLAIN, bandwidths, experts, scaling, steps
 
 _PLAIN_STAGE = "megatron-core"
@@ -267,29 +267,26 @@ def messages(lines: list[Line]) -> str:
     return markdown(["messages", *seeds], body)
 
 
+TABLES = {
+    "te_blocks": blocks,
+    "overlap": overlap,
+    "multigpu": multigpu,
+    "step_graph": step_graphs,
+    "fp8_training": training,
+    "message_training": messages,
+}
+
+
+def table(path: str) -> str:
+    """Of a command's argument, a results file, by its name."""
+    name = Path(path).stem
+    if name not in TABLES:
+        expected = ", ".join(f"{known}.jsonl" for known in TABLES)
+        raise argparse.ArgumentTypeError(f"expected one of {expected}, got {path}")
+    return TABLES[name](results(path))
+
+
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    tables = {
-        "te_blocks": blocks,
-        "overlap": overlap,
-        "multigpu": multigpu,
-        "step_graph": step_graphs,
-        "fp8_training": training,
-        "message_training": messages,
-    }
-    lines = read(path)
-    print(tables[path.stem](lines))
-    if path.stem == "multigpu":
-        if experts(lines):
-            print(multigpu_experts(lines))
-        if scaling(lines):
-            print(multigpu_scaling(lines))
-        print(p2p(lines))
-        print(parity(lines))
-    if path.stem == "te_blocks" and any(line.get("launch") == "graph" for line in lines):
-        print(block_graphs(lines))
-    if path.stem == "overlap":
-        print(overlap(lines, "graph"))
-        for launch in ("eager", "graph"):
-            if any("slowdowns" in line for line in lines if line.get("launch") == launch):
-                print(slowdowns(lines, launch))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=table, metavar="lines", help="a results file of its name")
+    print(parser.parse_args().table)

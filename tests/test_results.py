@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,12 +40,12 @@ def test_the_performance_page_shows_the_results_file(benchmark: Callable[[str], 
 
 
 def test_the_recompute_page_shows_the_results_files(benchmark: Callable[[str], Any]) -> None:
-    tables = benchmark("recompute_table")
-    memory = tables.read(KERNELS.with_name("recompute_memory.jsonl"))
+    tables, read = benchmark("recompute_table"), benchmark("kernel_table").read
+    memory = read(KERNELS.with_name("recompute_memory.jsonl"))
     page = (ROOT / "docs" / "recompute.md").read_text()
     assert tables.memory(memory) in page
     for gpu in ("h100", "h200"):
-        assert tables.time(tables.read(RESULTS / gpu / "recompute_time.jsonl")) in page
+        assert tables.time(read(RESULTS / gpu / "recompute_time.jsonl")) in page
     assert (ROOT / "docs" / "recompute_memory.svg").read_text() == tables.draw(memory)
 
 
@@ -287,3 +290,19 @@ def test_the_executor_needs_less_than_100_us_for_an_action() -> None:
     assert max(overheads.values()) < 100, overheads
     predictions = [x["value"] for x in lines if x["metric"] == "simulated_over_executed"]
     assert all(abs(value - 1) < 0.1 for value in predictions)
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "expected"),
+    [
+        ("kernel_table.py", "none.jsonl", "expected a results file, JSON lines, got none.jsonl"),
+        ("stage_tables.py", "none.jsonl", r"expected one of te_blocks\.jsonl.* got none\.jsonl"),
+        ("stage_tables.py", "none/overlap.jsonl", "results file.* got none/overlap.jsonl"),
+        ("recompute_table.py", "none", "results file.* got none/recompute_memory.jsonl"),
+    ],
+)
+def test_a_table_of_no_results_is_refused(script: str, argument: str, expected: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), argument, "picture.svg"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert re.search(expected, found.stderr)
