@@ -39,6 +39,12 @@ def test_every_kernel_of_a_training_step_compiles_for_hopper(tmp_path: Path) -> 
     assert [line for line in large if "stack 0," not in line] == []
 
 
+def test_pre_of_many_tokens_fits_and_does_not_spill(tmp_path: Path) -> None:
+    """It has a tile of its own there."""
+    [line] = compiled_kernels(tmp_path, "n=4", "T=8192", "operations=pre", "kernels=mix_fwd")
+    assert "stack 0," in line
+
+
 def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
     """Of a boundary: what ``post_pre`` launches, ``post`` alone, ``pre``'s own kernel, and a single
     pass, where more of a token is in registers."""
