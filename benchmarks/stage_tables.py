@@ -11,6 +11,7 @@ Of a figure that was measured twice the last counts.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from kernel_table import Line, markdown, results, with_fused_attention
@@ -267,18 +268,42 @@ def messages(lines: list[Line]) -> str:
     return markdown(["messages", *seeds], body)
 
 
-TABLES = {
-    "te_blocks": blocks,
-    "overlap": overlap,
-    "multigpu": multigpu,
-    "step_graph": step_graphs,
-    "fp8_training": training,
-    "message_training": messages,
+def of_te_blocks(lines: list[Line]) -> list[str]:
+    graphs = any(line.get("launch") == "graph" for line in lines)
+    return [blocks(lines), *([block_graphs(lines)] if graphs else [])]
+
+
+def of_multigpu(lines: list[Line]) -> list[str]:
+    found = [multigpu(lines)]
+    if experts(lines):
+        found.append(multigpu_experts(lines))
+    if scaling(lines):
+        found.append(multigpu_scaling(lines))
+    return [*found, p2p(lines), parity(lines)]
+
+
+def of_overlap(lines: list[Line]) -> list[str]:
+    slowed = {line.get("launch") for line in lines if "slowdowns" in line}
+    launches = ("eager", "graph")
+    return [
+        *(overlap(lines, launch) for launch in launches),
+        *(slowdowns(lines, launch) for launch in launches if launch in slowed),
+    ]
+
+
+# Of a results file, by its name.
+TABLES: dict[str, Callable[[list[Line]], list[str]]] = {
+    "te_blocks": of_te_blocks,
+    "overlap": of_overlap,
+    "multigpu": of_multigpu,
+    "step_graph": lambda lines: [step_graphs(lines)],
+    "fp8_training": lambda lines: [training(lines)],
+    "message_training": lambda lines: [messages(lines)],
 }
 
 
-def table(path: str) -> str:
-    """Of a command's argument, a results file, by its name."""
+def tables(path: str) -> list[str]:
+    """Of a command's argument, a results file."""
     name = Path(path).stem
     if name not in TABLES:
         expected = ", ".join(f"{known}.jsonl" for known in TABLES)
@@ -288,5 +313,5 @@ def table(path: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", type=table, metavar="lines", help="a results file of its name")
-    print(parser.parse_args().table)
+    parser.add_argument("tables", type=tables, metavar="lines", help="a results file of its name")
+    print(*parser.parse_args().tables, sep="\n")

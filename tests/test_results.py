@@ -293,6 +293,29 @@ def test_the_executor_needs_less_than_100_us_for_an_action() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("te_blocks", ["blocks", "block_graphs"]),
+        ("multigpu", ["multigpu", "multigpu_experts", "multigpu_scaling", "p2p", "parity"]),
+        ("overlap", ["overlap"]),
+        ("step_graph", ["step_graphs"]),
+        ("fp8_training", ["training"]),
+    ],
+)
+def test_all_tables_of_a_file_are_printed(
+    name: str, expected: list[str], benchmark: Callable[[str], Any]
+) -> None:
+    """Of launches by graph as well, where a table is of one."""
+    tables, path = benchmark("stage_tables"), RESULTS / "h200" / f"{name}.jsonl"
+    lines, printed = benchmark("kernel_table").read(path), tables.tables(str(path))
+    for table in expected:
+        assert getattr(tables, table)(lines) in printed, table
+    if name == "overlap":
+        assert tables.overlap(lines, "graph") in printed
+        assert tables.slowdowns(lines, "graph") in printed
+
+
+@pytest.mark.parametrize(
     ("script", "argument", "expected"),
     [
         ("kernel_table.py", "none.jsonl", "expected a results file, JSON lines, got none.jsonl"),
