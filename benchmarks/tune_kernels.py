@@ -105,15 +105,16 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
                 backward, nobody = backward_launch.wide_streams_backward, (None, None)
             made.append(partial(backward, plan, None, None, one.grad_streams, *post, *nobody))
             continue
+        if kernel == "pre":
+            plan = plan_of(one.streams, options=options(), tiles=tiles)
+            factors, _ = launch.factor_weight(plan, None, one.weight)
+            alone = (None, one.streams, None, None, None, factors, parameters, None)
+            made.append(partial(launch.mix, plan, *alone))
+            continue
         # The forward in the default tiles where it is not measured.
         default = plan_of(*post[:3], options=options())
         plan = plan_of(*post[:3], options=options(), tiles=tiles)
         factors, kept_factors = launch.factor_weight(plan, None, one.weight)
-        if kernel == "pre":
-            plan = plan_of(one.streams, options=options(), tiles=tiles)
-            alone = (None, one.streams, None, None, None, factors, parameters, None)
-            made.append(partial(launch.mix, plan, *alone))
-            continue
         mixed = (None, *post, factors, parameters, None)
         if kernel in ("mix", "project"):
             made.append(partial(launch.mix, plan, *mixed))

@@ -175,16 +175,23 @@ class Buffers:
         """Whether phi's gradient is a sum of sums, which ``reduce_partials`` adds up."""
         return self.splits > 1 or self.accumulates
 
+    def programs_that_read(self, tile: Tile) -> int:
+        """Of ``read_fwd`` or ``mix_bwd``, in so large tiles: of streams. None in a single pass."""
+        return 0 if self.single_pass else blocks(self.num_tokens, tile.tokens)
+
+    def programs_that_iterate(self, tile: Tile) -> int:
+        """Of these, the ones before, for H_post and H_res; no more than read, if any do."""
+        return blocks(self.num_tokens, bound.later_tokens(self.num_streams, tile))
+
     @cached_property
     def read_programs(self) -> int:
-        """Of ``mix_bwd``, that read streams; each writes partial sums. None in a single pass."""
-        return 0 if self.single_pass else blocks(self.num_tokens, self.mix_backward_tile.tokens)
+        """Of ``mix_bwd``; each writes partial sums."""
+        return self.programs_that_read(self.mix_backward_tile)
 
     @cached_property
     def later_programs(self) -> int:
-        """Of ``mix_bwd``, that walk through iterations; likewise, and no more than read streams, if
-        any do."""
-        return blocks(self.num_tokens, bound.later_tokens(self.num_streams, self.mix_backward_tile))
+        """Likewise."""
+        return self.programs_that_iterate(self.mix_backward_tile)
 
     @property
     def sum_columns(self) -> int:

@@ -87,46 +87,6 @@ def permutation_logit(raw_ptr, alpha, bias_ptr, k, tokens, T, N: tl.constexpr):
 
 
 @triton.jit
-def write_mappings(
-    raw_ptr,
-    alpha_pre_ptr,
-    alpha_post_ptr,
-    alpha_res_ptr,
-    bias_ptr,
-    matrices_ptr,
-    packed_ptr,
-    tokens,
-    T,
-    eps,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    NN: tl.constexpr,
-    M: tl.constexpr,
-    PROJECTION: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-):
-    """``mappings`` of the tile's tokens, to ``packed``."""
-    write_pre(raw_ptr, alpha_pre_ptr, bias_ptr, packed_ptr, tokens, T, eps, N, NP, PROJECTION)
-    write_later(
-        raw_ptr,
-        alpha_post_ptr,
-        alpha_res_ptr,
-        bias_ptr,
-        matrices_ptr,
-        packed_ptr,
-        tokens,
-        T,
-        eps,
-        N,
-        NP,
-        NN,
-        M,
-        PROJECTION,
-        ITERATIONS,
-    )
-
-
-@triton.jit
 def write_pre(
     raw_ptr,
     alpha_ptr,
@@ -139,7 +99,7 @@ def write_pre(
     NP: tl.constexpr,
     PROJECTION: tl.constexpr,
 ):
-    """H_pre, which reads the streams."""
+    """H_pre of the tile's tokens, to ``packed``: the mapping that reads the streams."""
     pre = load_block(raw_ptr, 0, tokens, T, N, NP)
     pre = gate(pre, tl.load(alpha_ptr), load_bias(bias_ptr, 0, N, NP), PROJECTION)
     if PROJECTION != "unconstrained":
@@ -169,7 +129,7 @@ def write_later(
     PROJECTION: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """H_post and H_res, which nobody asks for before the branch is done."""
+    """H_post and H_res likewise, which nobody asks for before the branch is done."""
     post = load_block(raw_ptr, N, tokens, T, N, NP)
     post = gate(post, tl.load(alpha_post_ptr), load_bias(bias_ptr, N, N, NP), PROJECTION)
     if PROJECTION != "unconstrained":

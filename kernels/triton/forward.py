@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mhc_megatron.kernels.triton.coefficients import write_mappings
+from mhc_megatron.kernels.triton.coefficients import write_later, write_pre
 from mhc_megatron.kernels.triton.norm import normalise
 from mhc_megatron.kernels.triton.tile_math import (
     GROUP,
@@ -279,9 +279,9 @@ def mix_fwd(
     inverse_rms = store_inverse_rms(raw_ptr + M * T, squares, tokens, live, rms_eps, K)
     raw = tl.sum(tl.reshape(projected, [PARTS, MP, BT]), axis=0)
     write_raw(raw_ptr, raw, inverse_rms, 0, M, tokens, live, T)
-    write_mappings(
+    write_pre(raw_ptr, alpha_pre_ptr, bias_ptr, next_packed_ptr, tokens, T, eps, N, NP, PROJECTION)
+    write_later(
         raw_ptr,
-        alpha_pre_ptr,
         alpha_post_ptr,
         alpha_res_ptr,
         bias_ptr,

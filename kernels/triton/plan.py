@@ -189,9 +189,7 @@ class Plan(Buffers):
             not self.single_pass,
             self.has_norm,
         )
-        programs = blocks(self.num_tokens, bound.later_tokens(self.num_streams, tile))
-        if not self.single_pass:
-            programs += blocks(self.num_tokens, tile.tokens)
+        programs = self.programs_that_iterate(tile) + self.programs_that_read(tile)
         numbers = self.num_tokens, self.options.eps, self._norm_eps
         return Prepared(kernel, (programs,), numbers)
 
