@@ -63,6 +63,7 @@ CANDIDATES = {
     "streams_backward": grid("16 32", "32 64", "4 8", "1 2 3"),
     "post_backward": grid("1 2 4 8 16", "128 256", "1 2 4 8", "1 2 3"),
     "pre_backward": grid("16 32 64", "64 128 256", "4 8", "2 3 4"),
+    "hopper_pre_backward": grid("64 128", "64 128", "4 8", "2 3"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
 }
 
@@ -80,8 +81,15 @@ NARROW = ("pre", "streams_backward", "weight_backward")
 
 KERNELS = ["project", *CANDIDATES]
 
+# Only one of them is launched: the latter where there is a tile for it.
+PRE_BACKWARD = ("pre_backward", "hopper_pre_backward")
+
 # Kernels whose programs take a part of the tokens, and the field that says how many.
-SPLITS = {"weight_backward": "weight_split", "pre_backward": "pre_split"}
+SPLITS = {
+    "weight_backward": "weight_split",
+    "pre_backward": "pre_split",
+    "hopper_pre_backward": "hopper_pre_split",
+}
 
 
 def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], object]]:
@@ -120,7 +128,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             made.append(partial(launch.mix, plan, *mixed))
             continue
         streams, _, raw, packed, _ = launch.mix(default, *mixed)
-        if kernel == "pre_backward":
+        if kernel in PRE_BACKWARD:
             plan = plan_of(streams, options=options(), tiles=tiles)
         scratch = backward_launch.scratch_of(plan)
         first = (streams, one.grad_u, one.grad_packed, raw, packed, parameters, None, None)
@@ -131,7 +139,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
             made.append(mix_backward)
         elif kernel == "weight_backward":
             made.append(partial(weight_call, plan, scratch, streams, one.weight))
-        elif kernel == "pre_backward":
+        elif kernel in PRE_BACKWARD:
             operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
             made.append(partial(backward_launch.pre_backward, plan, *operands))
         else:
@@ -189,6 +197,8 @@ def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
             splits = (512, 1024, 2048) if kernel in SPLITS else (getattr(base, of_split),)
             for term, split in itertools.product(terms, splits):
                 chosen = {kernel: tile, of_split: split, "product_terms": term}
+                if kernel == "pre_backward":
+                    chosen["hopper_pre_backward"] = None
                 found.append((kernel, replace(base, **chosen)))
     return found
 

@@ -19,6 +19,9 @@ DATA_HELPER = "core's data helper"
 _GIB = 2**30
 _LITTLE_DISK = 5 * _GIB  # less than two checkpoints of a 100M-parameter model
 
+# What has kernels of its own, and the Triton that they are written for.
+_HOPPER, _HOPPER_TRITON = (9, 0), Version("3.6")
+
 # What does not work without a package; transformer-engine's part depends on megatron-core.
 _COSTS = {
     "torch": "nothing runs",
@@ -82,6 +85,7 @@ def collect(machine: Machine) -> list[Check]:
             if name not in ("torch", "megatron-core")
         ),
         *_extension(machine),
+        *_hopper_kernels(machine),
         _apex(machine),
         *_communication(machine.torch),
         *_gpus(machine.gpus, machine.torch),
@@ -171,6 +175,23 @@ def _extension(machine: Machine) -> Iterator[Check]:
         status="missing" if remedy else "ok",
         found=found,
         note=remedy and f"the kernels are launched by Python, which costs the host more; {remedy}",
+    )
+
+
+def _hopper_kernels(machine: Machine) -> Iterator[Check]:
+    """Those of ``mhc_megatron.kernels.triton.hopper``, where there is a GPU that has them."""
+    version = machine.versions.get("triton")
+    if version is None or machine.torch is None or _HOPPER not in machine.torch.capabilities:
+        return
+    old = Version(version) < _HOPPER_TRITON
+    yield Check(
+        name="Hopper kernels",
+        status="warn" if old else "ok",
+        found=f"triton {version}",
+        note="the backward of pre, and of eight streams, is slower; pip install 'triton>="
+        f"{_HOPPER_TRITON}', with a torch that goes with it"
+        if old
+        else "",
     )
 
 

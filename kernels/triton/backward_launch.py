@@ -175,7 +175,7 @@ def pre_backward(
     if weight is not None:
         grad = torch.empty_like(weight) if main_grad is None else main_grad
         sums = scratch if plan.has_weight_sums else grad
-    scales = (scratch if plan.scale_width else None,) if plan.wide else ()
+    scales = (scratch if plan.scale_width else None,) if plan.wide or plan.on_hopper else ()
     plan.pre_bwd[grad_streams is not None, weight is not None](
         stream,
         grad_streams,

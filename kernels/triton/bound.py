@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import forward, wide_forward
+from mhc_megatron.kernels.triton import forward, hopper, wide_forward
 from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
 from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
@@ -373,6 +373,42 @@ def wide_pre_bwd(
         BC=tile.channels,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+    )
+
+
+@cache
+def hopper_pre_bwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    tile: Tile,
+    split: int,
+    terms: int,
+    has_grad_y: bool,
+    trains: bool,
+    scaled: bool,
+    single_pass: bool,
+) -> Launch:
+    """Of bfloat16 streams, in the place of ``pre_bwd`` or ``wide_pre_bwd``."""
+    head, tail = logit_groups(num_logits)
+    return Launch(
+        hopper.hopper_pre_bwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        HEAD=head,
+        TAIL=tail,
+        TERMS=terms,
+        HAS_GRAD_Y=has_grad_y,
+        SCALED=scaled,
+        SINGLE_PASS=single_pass,
+        TRAINS=trains,
+        WIDE=n > WIDE,
+        SPLIT=split,
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
     )
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import bound
-from mhc_megatron.kernels.triton.arguments import logit_rows, matrices_of, parts_of
+from mhc_megatron.kernels.triton import bound, hopper
+from mhc_megatron.kernels.triton.arguments import INTERPRETED, logit_rows, matrices_of, parts_of
 from mhc_megatron.kernels.triton.compiled import Part
 from mhc_megatron.kernels.triton.tile_math import GROUP
 from mhc_megatron.kernels.triton.tiles import Tile, Tiles, blocks
@@ -156,18 +156,46 @@ class Buffers:
         return tiles.streams_backward
 
     @cached_property
+    def on_hopper(self) -> bool:
+        """Whether ``hopper_pre_bwd`` takes the place of ``pre_bwd`` and ``wide_pre_bwd``.
+
+        It copies 16 bytes at a time, of rows of tokens, of channels, and of phi's rows.
+        """
+        if self.call.tiles.hopper_pre_backward is None or not self.num_logits or INTERPRETED:
+            return False
+        if not bound.interleaves(self.num_streams, self.dtype) or not hopper.runs_on(self.device):
+            return False
+        rows = self.num_logits if self.wide else 0
+        return self.num_tokens % 16 == 0 and self.channels % 8 == 0 and rows % 8 == 0
+
+    @property
+    def pre_backward_tile(self) -> Tile:
+        """Of one of the three."""
+        tiles = self.call.tiles
+        if self.on_hopper:
+            assert tiles.hopper_pre_backward is not None
+            return tiles.hopper_pre_backward
+        return tiles.pre_backward
+
+    @property
+    def pre_split(self) -> int:
+        """Tokens of a program of one of the three."""
+        tiles = self.call.tiles
+        return tiles.hopper_pre_split if self.on_hopper else tiles.pre_split
+
+    @cached_property
     def scale_width(self) -> int:
         """Channels of a token that ``wide_pre_bwd`` leaves with a scale, so that 16 bits hold more
         of a gradient than the streams' dtype does; 0 where there is none."""
         if self.wide and self.has_branch and self.num_logits > 0 and self.dtype.itemsize == 2:
-            return self.call.tiles.pre_backward.channels
+            return self.pre_backward_tile.channels
         return 0
 
     @cached_property
     def splits(self) -> int:
         """Of the tokens, for phi's gradient."""
         tiles = self.call.tiles
-        split = tiles.weight_split if self.has_branch and not self.wide else tiles.pre_split
+        split = tiles.weight_split if self.has_branch and not self.wide else self.pre_split
         return blocks(self.num_tokens, split)
 
     @cached_property

@@ -123,9 +123,21 @@ class Prepared:
         grid, numbers: as for it.
         parts: of parameters of the kernel that take a piece of a buffer, by name: what is given for
             them is the whole buffer, whose address costs less than a view.
+        unaligned: a kernel that does the same, and is launched instead where an address is no
+            multiple of 16; of the tensors it takes those that it has parameters for, by name.
     """
 
-    __slots__ = ("_grid", "_handle", "_known", "_launch", "_numbers", "_parts", "_shifts", "_tail")
+    __slots__ = (
+        "_grid",
+        "_handle",
+        "_known",
+        "_launch",
+        "_numbers",
+        "_parts",
+        "_shifts",
+        "_tail",
+        "_unaligned",
+    )
 
     def __init__(
         self,
@@ -133,8 +145,10 @@ class Prepared:
         grid: tuple[int, ...],
         numbers: tuple[float, ...] = (),
         parts: dict[str, Part] | None = None,
+        unaligned: Launch | None = None,
     ) -> None:
         self._launch = launch
+        self._unaligned = unaligned
         self._grid = (*grid, 1, 1)[:3]
         self._numbers = numbers
         self._tail = (*numbers, *launch.values)
@@ -173,10 +187,14 @@ class Prepared:
             buffer = given[index]
             assert buffer is not None
             given[index] = part.of(buffer)
+        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given)
+        if not aligned and self._unaligned is not None:
+            named = dict(zip(self._launch.kernel.arg_names, given, strict=False))
+            wanted = [name for name in self._unaligned.kernel.arg_names if name in named]
+            self._unaligned(self._grid, [named[name] for name in wanted], self._numbers)
+            return
         handle = self._launch(self._grid, given, self._numbers)
-        if handle is not None and all(
-            tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given
-        ):
+        if handle is not None and aligned:
             self._handle, run, function, metadata = handle
             self._known = (run, *self._grid, function, metadata)
 

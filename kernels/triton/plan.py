@@ -5,6 +5,7 @@ follows from sizes, dtypes and options alone is in its plan; a launch only adds 
 """
 
 import itertools
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -283,22 +284,31 @@ class Plan(Buffers):
     def pre_bwd(self) -> dict[tuple[bool, bool], Prepared]:
         """By whether a gradient passes through, and whether phi's is wanted."""
         tiles, n = self.call.tiles, self.num_streams
-        tile, split = tiles.pre_backward, tiles.pre_split
+        tile, split = self.pre_backward_tile, self.pre_split
+        # What stands in where an address is no multiple of 16 has the same programs.
+        plain = replace(tiles.pre_backward, channels=tile.channels)
         grid = blocks(self.channels, tile.channels) * n, blocks(self.num_tokens, split)
-        sizes = n, self.channels, self.num_logits, self.dtype, tile, split, tiles.product_terms
+        sizes = n, self.channels, self.num_logits
+        how = split, tiles.product_terms
         parts = {"projected_ptr": "projected", "radial_ptr": "radial"}
         if self.scale_width:
             parts["scale_ptr"] = "scales"
         found = {}
         for has_grad_y, trains in itertools.product((False, True), repeat=2):
+            modes = has_grad_y, trains
+            wide_modes = *modes, self.scale_width > 0, self.wide and self.single_pass
             if self.wide:
-                modes = self.scale_width > 0, self.single_pass
-                kernel = bound.wide_pre_bwd(*sizes, has_grad_y, trains, *modes)
+                kernel = bound.wide_pre_bwd(*sizes, self.dtype, plain, *how, *wide_modes)
             else:
-                kernel = bound.pre_bwd(*sizes, has_grad_y, trains)
+                kernel = bound.pre_bwd(*sizes, self.dtype, plain, *how, *modes)
+            unaligned = None
+            if self.on_hopper:
+                kernel, unaligned = bound.hopper_pre_bwd(*sizes, tile, *how, *wide_modes), kernel
             sums = {"weight_partial_ptr": "weight_sums"} if trains else {}
             read = self.parts_of_scratch(**parts, **sums)
-            found[has_grad_y, trains] = Prepared(kernel, grid, (self.num_tokens,), read)
+            found[has_grad_y, trains] = Prepared(
+                kernel, grid, (self.num_tokens,), read, unaligned=unaligned
+            )
         return found
 
     @cached_property

@@ -53,6 +53,10 @@ class Tiles:
             than four streams ``wide_pre_bwd``, of ``post_pre`` too.
         pre_split: tokens per program of that, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
+        hopper_pre_backward: ``hopper_pre_bwd``, which is launched in the place of ``pre_bwd`` and
+            ``wide_pre_bwd`` where ``Buffers.on_hopper``; 64 or 128 tokens and channels. None for
+            nowhere.
+        hopper_pre_split: tokens per program of that.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
             None of more than four streams.
         weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 2048
@@ -72,14 +76,20 @@ class Tiles:
     weight_backward: Tile | None = None
     mix_backward_norm: Tile | None = None
     pre: Tile | None = None
+    hopper_pre_backward: Tile | None = None
     project: Tile | None = None
     pre_split: int = 1024
+    hopper_pre_split: int = 1024
     weight_split: int = 1024
     product_terms: int = 3
 
 
 # Of an H100 or H200.
 MULTIPROCESSORS = 132
+# Of ``hopper_pre_bwd``: its tile, and how many of its programs a multiprocessor has room for.
+HOPPER = Tile(tokens=64, channels=64, num_stages=2)
+HOPPER_PROGRAMS, HOPPER_WIDE_PROGRAMS = 3, 2
+HOPPER_SPLITS = 512, 1024, 2048
 # Tokens per program of ``pre_bwd``, where few channels would leave fewer.
 LEAST_PRE_SPLIT = 512
 
@@ -118,13 +128,29 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         tokens = blocks(num_tokens, max(2, 4 * MULTIPROCESSORS // programs))
         tokens = max(LEAST_PRE_SPLIT, blocks(tokens, tile.tokens) * tile.tokens)
         tiles = replace(tiles, pre_split=tokens)
+    if tiles.hopper_pre_backward is not None:
+        split = _hopper_pre_split(num_streams, num_tokens, channels, tiles.hopper_pre_backward)
+        tiles = replace(tiles, hopper_pre_split=split)
     return tiles
+
+
+def _hopper_pre_split(num_streams: int, num_tokens: int, channels: int, tile: Tile) -> int:
+    """The split that takes the shortest time, counted in tokens: rounds of programs, each of which
+    needs as long as a tile before it has its first. The largest of several."""
+    room = MULTIPROCESSORS * (HOPPER_PROGRAMS if num_streams <= 4 else HOPPER_WIDE_PROGRAMS)
+    columns = num_streams * blocks(channels, tile.channels)
+
+    def cost(split: int) -> tuple[int, int]:
+        rounds = blocks(columns * blocks(num_tokens, split), room)
+        return rounds * (split + tile.tokens), -split
+
+    return min(HOPPER_SPLITS, key=cost)
 
 
 @cache
 def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
     if num_streams > 4:
-        return _wide_tiles(dtype)
+        return _wide_tiles(num_streams, dtype)
     if dtype != torch.bfloat16:
         # float32 products of the parts need more registers and shared memory.
         return Tiles(
@@ -151,6 +177,7 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=64, num_stages=4),
             weight_backward=Tile(tokens=128, channels=128, num_warps=8, num_stages=4),
             weight_split=2048,
+            hopper_pre_backward=HOPPER,
         )
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_stages=4),
@@ -163,10 +190,11 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         pre_backward=Tile(tokens=32, channels=64, num_stages=3),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
+        hopper_pre_backward=HOPPER if num_streams != 3 else None,
     )
 
 
-def _wide_tiles(dtype: torch.dtype) -> Tiles:
+def _wide_tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
     """Of more than four streams; of bfloat16 none spills registers."""
     if dtype != torch.bfloat16:
         # As of fewer streams: products of float32 parts.
@@ -188,4 +216,5 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         mix_backward=Tile(tokens=32, channels=64),
         post_backward=Tile(tokens=1, channels=128, num_warps=1),
         pre_backward=Tile(tokens=64, channels=64, num_stages=3),
+        hopper_pre_backward=HOPPER if num_streams == 8 else None,
     )

@@ -2,11 +2,13 @@
 
     python tests/helpers/compile_kernels.py n=4 C=2560 dtype=bfloat16 projection=sinkhorn
     python tests/helpers/compile_kernels.py n=8 operations=post_pre kernels=mix_bwd,read_fwd
+    python tests/helpers/compile_kernels.py n=4 hopper=1 kernels=hopper_pre_bwd
 
 Launches with tensors of no storage are recorded and compiled instead of run; TRITON_INTERPRET must
-not be set. Prints registers, spills and shared memory of each kernel, and how many of its loads
-are issued behind a product; fails where one needs more shared memory than a multiprocessor has, or
-loads over what a product still reads.
+not be set. With ``hopper`` kernels of Hopper's own take the place of others. Prints registers,
+spills and shared memory of each kernel, and how many of its loads are issued behind a product;
+fails where one needs more shared memory than a multiprocessor has, or loads over what a product
+still reads.
 """
 
 import re
@@ -21,9 +23,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import fp8_launch, head_launch, launch
+from mhc_megatron.kernels.triton import fp8_launch, head_launch, hopper, launch
 from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.compiled import Launch
 from mhc_megatron.kernels.triton.head_launch import HeadParameters
@@ -89,7 +92,8 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(recorder.kernel, signature, constants, attributes)
+    kind = GluonASTSource if recorder.kernel.is_gluon() else ASTSource
+    source = kind(recorder.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared = compiled.metadata.shared
     assert shared <= SHARED_MEMORY, (
@@ -252,6 +256,8 @@ def main(arguments: list[str]) -> None:
     sizes = (int(given.get("n", "4")), int(given.get("C", "2560")))
     dtype = getattr(torch, given.get("dtype", "bfloat16"))
     recorders = record_launches()
+    if "hopper" in given:
+        hopper.runs_on = lambda device: True  # type: ignore[assignment]
     operations = given.get("operations", ",".join(OPERATIONS)).split(",")
     projection, tokens = given.get("projection", "sinkhorn"), int(given.get("T", "4096"))
     training_step(*sizes, dtype, projection, operations, tokens)

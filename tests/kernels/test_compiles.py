@@ -1,10 +1,12 @@
 """The kernels compile for a GPU that is not there: the interpreter accepts more."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.compile_kernels import overwritten_tiles
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
@@ -63,6 +65,23 @@ def test_no_kernel_of_eight_streams_spills(tmp_path: Path) -> None:
     waits = [line for line in lines if line.startswith("wide_pre_bwd")]
     assert len(waits) == 2
     assert [line for line in waits if "late loads 0," not in line] == []
+
+
+@pytest.mark.parametrize(("n", "programs"), [(4, 3), (8, 2)])
+def test_hoppers_own_kernel_leaves_room_for_as_many_programs_as_its_splits_count_on(
+    tmp_path: Path, n: int, programs: int
+) -> None:
+    """And does not spill."""
+    operations = "operations=pre" if n == 4 else "operations=pre,post_pre,single_pass"
+    selection = operations, "hopper=1", "kernels=hopper_pre_bwd"
+    lines = compiled_kernels(tmp_path, f"n={n}", "C=2560", *selection)
+    assert len(lines) == (2 if n == 4 else 4)
+    for line in lines:
+        found = re.search(r"registers (\d+), stack 0, late loads 0, shared memory (\d+)", line)
+        assert found is not None, line
+        registers, shared = map(int, found.groups())
+        assert programs * 128 * registers <= 65536
+        assert programs * (shared + 1024) <= 228 * 1024
 
 
 def test_a_tile_that_registers_and_a_running_product_read_is_found() -> None:

@@ -202,6 +202,22 @@ def test_a_prepared_launch_of_another_alignment_is_another_kind(devices: list[in
     assert [arguments[0] for _, arguments in aligned.calls] == [x.data_ptr()]
 
 
+def test_where_a_kernel_needs_alignment_another_does_without(devices: list[int]) -> None:
+    kernel, other, x = Kernel(), Kernel(), torch.zeros(32)
+    del other.arg_names[1]
+    stand_in = Launch(other, num_warps=4, N=4, BT=32)
+    own = Launch(kernel, num_warps=8, N=4, BT=16)
+    launch = Prepared(own, (3,), (7, 1e-6), unaligned=stand_in)
+    for _ in range(2):
+        launch(STREAM, x, None)
+        launch(STREAM, x[1:], None)
+    assert [len(kernel.compiled), len(other.compiled)] == [1, 1]
+    ((grid, (first, *numbers), _),) = other.compiled
+    assert (grid, first.data_ptr(), numbers) == ((3, 1, 1), x.data_ptr() + 4, [7, 1e-6])
+    assert kernel.handles[0].calls == [((3, 1, 1), (x.data_ptr(), None, 7, 1e-6, 4, 16))]
+    assert other.handles[0].calls == [((3, 1, 1), (x.data_ptr() + 4, 7, 1e-6, 4, 32))]
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_hears_of_prepared_launches(
     hook: str, devices: list[int], monkeypatch: pytest.MonkeyPatch

@@ -133,6 +133,13 @@ def test_the_supported_range_is_the_one_that_the_trainer_enforces() -> None:
             "is not built",
             "the kernels are launched by Python, which costs the host more; pip install this",
         ),
+        (
+            {"versions": {**NODE.versions, "triton": "3.5.1"}},
+            "Hopper kernels",
+            "warn",
+            "triton 3.5.1",
+            "the backward of pre, and of eight streams, is slower; pip install 'triton>=3.6'",
+        ),
         ({"torch": Torch(version="2.4.0")}, "torch", "warn", "2.4.0, CPU build", "older than"),
         (
             {"torch": Torch(version="2.13.0+cpu")},

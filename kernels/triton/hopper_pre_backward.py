@@ -1,0 +1,438 @@
+"""``pre_bwd`` and ``wide_pre_bwd`` on Hopper, with layouts and waits by name (Gluon).
+
+The same sums of the same products as in pre_backward.py and wide_pre_backward.py. What a tile needs
+is copied to shared memory a step ahead, in the order in which tensor cores read it; all products of
+a step run beside each other and beside what is added to them; and what is added is read in the
+layout of the products' results, so that nothing changes its layout but the result on its way out.
+Triton by itself waits for nearly every product, and brings every tile into that layout by way of
+shared memory, between barriers.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Its name up to Triton 3.6.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.constexpr_function
+def loads(columns, warps):
+    """16 bytes of a row of so many 16-bit numbers per thread."""
+    across = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def shared(columns):
+    """As tensor cores read rows of so many 16-bit numbers."""
+    return gl.NVMMASharedLayout(min(128, 2 * columns), 16, 2)
+
+
+@gluon.constexpr_function
+def product(rows, columns, warps):
+    """Of a product's result: warpgroups share its rows where there are 64 for each."""
+    down = warps if rows >= 16 * warps else 4
+    return gl.NVMMADistributedLayout(
+        [3, 0], [down, warps // down], [16, columns * down // warps, 16]
+    )
+
+
+@gluon.jit
+def copy_projected(
+    place,
+    projected_ptr,
+    start,
+    live,
+    T,
+    first: gl.constexpr,
+    LAST: gl.constexpr,
+    part: gl.constexpr,
+    M: gl.constexpr,
+    ROWS: gl.constexpr,
+    BT: gl.constexpr,
+    W: gl.constexpr,
+):
+    """ROWS of the gradient of ``vec(x) phi``, [ROWS, BT]."""
+    LAYOUT: gl.constexpr = loads(BT, W)
+    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    tokens = gl.arange(0, BT, layout=gl.SliceLayout(0, LAYOUT))
+    pointers = projected_ptr + part * M * T + start + rows[:, None] * T + tokens[None, :]
+    mask = (rows < LAST)[:, None] & (tokens < live)[None, :]
+    async_copy.async_copy_global_to_shared(place, pointers, mask=mask)
+
+
+@gluon.jit
+def copy_states(
+    place,
+    base,
+    stride: gl.constexpr,
+    live,
+    left,
+    BT: gl.constexpr,
+    BC: gl.constexpr,
+    W: gl.constexpr,
+):
+    """[BT, BC] of the streams or of what has a stream's channels."""
+    LAYOUT: gl.constexpr = loads(BC, W)
+    tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, LAYOUT))
+    channels = gl.arange(0, BC, layout=gl.SliceLayout(0, LAYOUT))
+    mask = (tokens < live)[:, None] & (channels < left)[None, :]
+    async_copy.async_copy_global_to_shared(
+        place, base + tokens[:, None] * stride + channels[None, :], mask=mask
+    )
+
+
+@gluon.jit
+def copy_phi(
+    place,
+    weight_ptr,
+    stream,
+    c,
+    part: gl.constexpr,
+    first: gl.constexpr,
+    LAST: gl.constexpr,
+    C: gl.constexpr,
+    N: gl.constexpr,
+    M: gl.constexpr,
+    ROWS: gl.constexpr,
+    BC: gl.constexpr,
+    WIDE: gl.constexpr,
+    W: gl.constexpr,
+):
+    """ROWS of phi's columns: [BC, ROWS] of ``split_wide``, else [ROWS, BC]."""
+    if WIDE:
+        LAYOUT: gl.constexpr = loads(ROWS, W)
+        channels = c + gl.arange(0, BC, layout=gl.SliceLayout(1, LAYOUT))
+        rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+        columns = channels // 8 * (N * 8) + stream * 8 + channels % 8
+        pointers = weight_ptr + part * M + columns[:, None] * (2 * M) + rows[None, :]
+        mask = (channels < C)[:, None] & (rows < LAST)[None, :]
+    else:
+        LAYOUT: gl.constexpr = loads(BC, W)
+        rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        channels = c + gl.arange(0, BC, layout=gl.SliceLayout(0, LAYOUT))
+        columns = channels // 8 * (N * 8) + stream * 8 + channels % 8
+        pointers = weight_ptr + part * M * (N * C) + rows[:, None] * (N * C) + columns[None, :]
+        mask = (rows < LAST)[:, None] & (channels < C)[None, :]
+    async_copy.async_copy_global_to_shared(place, pointers, mask=mask)
+
+
+@gluon.jit
+def add_product(
+    grad,
+    first_terms,
+    last_terms,
+    phi_high,
+    phi_low,
+    TERMS: gl.constexpr,
+    WIDE: gl.constexpr,
+    FIRST: gl.constexpr,
+):
+    """``grad + grad_projected @ phi`` of one group of rows, left running."""
+    high = first_terms.permute((1, 0))
+    low = last_terms.permute((1, 0))
+    if WIDE:
+        phi_high = phi_high.permute((1, 0))
+        phi_low = phi_low.permute((1, 0))
+    grad = warpgroup_mma(high, phi_high, grad, use_acc=not FIRST, is_async=True)
+    if TERMS >= 2:
+        grad = warpgroup_mma(low, phi_high, grad, is_async=True)
+    if TERMS >= 3:
+        grad = warpgroup_mma(high, phi_low, grad, is_async=True)
+    return grad
+
+
+@gluon.jit
+def hopper_pre_bwd(
+    grad_y_ptr,
+    grad_u_ptr,
+    x_ptr,
+    packed_ptr,
+    projected_ptr,
+    radial_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    scale_ptr,
+    weight_partial_ptr,
+    T,
+    C: gl.constexpr,
+    N: gl.constexpr,
+    M: gl.constexpr,
+    HEAD: gl.constexpr,
+    TAIL: gl.constexpr,
+    TERMS: gl.constexpr,
+    HAS_GRAD_Y: gl.constexpr,
+    SCALED: gl.constexpr,
+    SINGLE_PASS: gl.constexpr,
+    TRAINS: gl.constexpr,
+    WIDE: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BT: gl.constexpr,
+    BC: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    K: gl.constexpr = N * C
+    W: gl.constexpr = gl.num_warps()
+    bf16: gl.constexpr = gl.bfloat16
+    stream = gl.program_id(0) % N
+    c = gl.program_id(0) // N * BC
+    left = C - c
+    first = gl.program_id(1) * SPLIT
+    last = gl.minimum(first + SPLIT, T)
+    steps = (last - first + BT - 1) // BT
+    GRAD: gl.constexpr = product(BT, BC, W)
+    HEAD_SUMS: gl.constexpr = product(BC, HEAD, W)
+    STATE: gl.constexpr = loads(BC, W)
+
+    xs = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
+    us = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
+    if HAS_GRAD_Y:
+        ys = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
+    high_heads = gl.allocate_shared_memory(bf16, [STAGES, HEAD, BT], shared(BT))
+    low_heads = gl.allocate_shared_memory(bf16, [STAGES, HEAD, BT], shared(BT))
+    if TAIL > 0:
+        high_tails = gl.allocate_shared_memory(bf16, [STAGES, TAIL, BT], shared(BT))
+        low_tails = gl.allocate_shared_memory(bf16, [STAGES, TAIL, BT], shared(BT))
+    if WIDE:
+        phi_high = gl.allocate_shared_memory(bf16, [BC, HEAD], shared(HEAD))
+        phi_low = gl.allocate_shared_memory(bf16, [BC, HEAD], shared(HEAD))
+    else:
+        phi_high = gl.allocate_shared_memory(bf16, [HEAD, BC], shared(BC))
+        phi_low = gl.allocate_shared_memory(bf16, [HEAD, BC], shared(BC))
+    LAST_HEAD: gl.constexpr = HEAD if HEAD < M else M
+    copy_phi(phi_high, weight_ptr, stream, c, 0, 0, LAST_HEAD, C, N, M, HEAD, BC, WIDE, W)
+    copy_phi(phi_low, weight_ptr, stream, c, 1, 0, LAST_HEAD, C, N, M, HEAD, BC, WIDE, W)
+    if TAIL > 0:
+        tail_high = gl.allocate_shared_memory(bf16, [BC, TAIL], shared(TAIL))
+        tail_low = gl.allocate_shared_memory(bf16, [BC, TAIL], shared(TAIL))
+        copy_phi(tail_high, weight_ptr, stream, c, 0, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
+        copy_phi(tail_low, weight_ptr, stream, c, 1, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
+
+    head_sums = gl.zeros([BC, HEAD], gl.float32, layout=HEAD_SUMS)
+    if TAIL > 0:
+        TAIL_SUMS: gl.constexpr = product(BC, TAIL, W)
+        tail_sums = gl.zeros([BC, TAIL], gl.float32, layout=TAIL_SUMS)
+    zero = gl.zeros([BT, BC], gl.float32, layout=GRAD)
+    tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, GRAD))
+    out_tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, STATE))
+    out_channels = gl.arange(0, BC, layout=gl.SliceLayout(0, STATE))
+
+    for step in gl.static_range(STAGES - 1):
+        if step < steps:
+            copy_step(
+                xs,
+                us,
+                ys if HAS_GRAD_Y else None,
+                high_heads,
+                low_heads,
+                high_tails if TAIL > 0 else None,
+                low_tails if TAIL > 0 else None,
+                step,
+                grad_y_ptr,
+                grad_u_ptr,
+                x_ptr,
+                projected_ptr,
+                first + step * BT,
+                last,
+                stream,
+                c,
+                T,
+                C,
+                N,
+                M,
+                HEAD,
+                TAIL,
+                HAS_GRAD_Y,
+                BT,
+                BC,
+                W,
+            )
+        async_copy.commit_group()
+    for number in range(steps):
+        start = first + number * BT
+        at = number % STAGES
+        live = last - start
+        here = tokens < live
+        read = gl.load(packed_ptr + stream * T + start + tokens, mask=here, other=0.0)
+        radial = gl.load(radial_ptr + start + tokens, mask=here, other=0.0)
+        if not SINGLE_PASS:
+            radial += gl.load(radial_ptr + T + start + tokens, mask=here, other=0.0)
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        barrier()
+        high = high_heads.index(at)
+        low = low_heads.index(at)
+        grad = add_product(zero, high, low, phi_high, phi_low, TERMS, WIDE, True)
+        if TAIL > 0:
+            high_tail = high_tails.index(at)
+            low_tail = low_tails.index(at)
+            grad = add_product(grad, high_tail, low_tail, tail_high, tail_low, TERMS, WIDE, False)
+        if TRAINS:
+            # grad_phi = grad_projected^T vec(x)
+            factor = xs.index(at).permute((1, 0))
+            head_sums = warpgroup_mma(factor, high.permute((1, 0)), head_sums, is_async=True)
+            head_sums = warpgroup_mma(factor, low.permute((1, 0)), head_sums, is_async=True)
+            if TAIL > 0:
+                tail_sums = warpgroup_mma(
+                    factor, high_tail.permute((1, 0)), tail_sums, is_async=True
+                )
+                tail_sums = warpgroup_mma(
+                    factor, low_tail.permute((1, 0)), tail_sums, is_async=True
+                )
+        # Where these go all products of the step before have been waited for.
+        ahead = number + STAGES - 1
+        if ahead < steps:
+            copy_step(
+                xs,
+                us,
+                ys if HAS_GRAD_Y else None,
+                high_heads,
+                low_heads,
+                high_tails if TAIL > 0 else None,
+                low_tails if TAIL > 0 else None,
+                ahead % STAGES,
+                grad_y_ptr,
+                grad_u_ptr,
+                x_ptr,
+                projected_ptr,
+                first + ahead * BT,
+                last,
+                stream,
+                c,
+                T,
+                C,
+                N,
+                M,
+                HEAD,
+                TAIL,
+                HAS_GRAD_Y,
+                BT,
+                BC,
+                W,
+            )
+        async_copy.commit_group()
+        # three uses of x: raw's product with phi, its division by the RMS, and the read
+        if HAS_GRAD_Y:
+            given = ys.index(at).load(GRAD).to(gl.float32)
+            given += read[:, None] * us.index(at).load(GRAD).to(gl.float32)
+        else:
+            given = read[:, None] * us.index(at).load(GRAD).to(gl.float32)
+        given += radial[:, None] * xs.index(at).load(GRAD).to(gl.float32)
+        RUNNING: gl.constexpr = 0 if not TRAINS else (4 if TAIL > 0 else 2)
+        grad = warpgroup_mma_wait(num_outstanding=RUNNING, deps=(grad,)) + given
+        if SCALED:
+            peak = gl.maximum(gl.max(gl.abs(grad), axis=1), 1e-30)
+            row = stream * ((C + BC - 1) // BC) + c // BC
+            gl.store(
+                scale_ptr + row.to(gl.int64) * T + start + tokens, peak * (1.0 / 16384.0), mask=here
+            )
+            value = (grad * (16384.0 / peak)[:, None]).to(gl.float16)
+        else:
+            value = grad.to(bf16)
+        # In the place of the gradient of u, which everybody has read.
+        place = us.index(at)
+        if SCALED:
+            place = place._reinterpret(gl.float16, [BT, BC], shared(BC))
+        barrier()
+        place.store(value)
+        barrier()
+        value = place.load(STATE)
+        mask = (out_tokens < live)[:, None] & (out_channels < left)[None, :]
+        base = grad_x_ptr + start.to(gl.int64) * K + stream * C + c
+        gl.store(base + out_tokens[:, None] * K + out_channels[None, :], value, mask=mask)
+        if TRAINS:
+            if TAIL > 0:
+                head_sums, tail_sums = warpgroup_mma_wait(
+                    num_outstanding=0, deps=(head_sums, tail_sums)
+                )
+            else:
+                head_sums = warpgroup_mma_wait(num_outstanding=0, deps=(head_sums,))
+    if TRAINS:
+        split = gl.program_id(1).to(gl.int64)
+        store_columns(
+            weight_partial_ptr, split, head_sums, 0, stream, c, C, N, M, HEAD, BC, HEAD_SUMS
+        )
+        if TAIL > 0:
+            store_columns(
+                weight_partial_ptr, split, tail_sums, HEAD, stream, c, C, N, M, TAIL, BC, TAIL_SUMS
+            )
+
+
+@gluon.jit
+def store_columns(
+    partial_ptr,
+    split,
+    sums,
+    first: gl.constexpr,
+    stream,
+    c,
+    C: gl.constexpr,
+    N: gl.constexpr,
+    M: gl.constexpr,
+    ROWS: gl.constexpr,
+    BC: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """[BC, ROWS] into ``partial`` [splits, M, n * C]."""
+    channels = c + gl.arange(0, BC, layout=gl.SliceLayout(1, LAYOUT))
+    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+    pointers = (
+        partial_ptr + (split * M + rows)[None, :] * (N * C) + (stream * C + channels)[:, None]
+    )
+    gl.store(pointers, sums, mask=(channels < C)[:, None] & (rows < M)[None, :])
+
+
+@gluon.jit
+def copy_step(
+    xs,
+    us,
+    ys,
+    high_heads,
+    low_heads,
+    high_tails,
+    low_tails,
+    at,
+    grad_y_ptr,
+    grad_u_ptr,
+    x_ptr,
+    projected_ptr,
+    start,
+    last,
+    stream,
+    c,
+    T,
+    C: gl.constexpr,
+    N: gl.constexpr,
+    M: gl.constexpr,
+    HEAD: gl.constexpr,
+    TAIL: gl.constexpr,
+    HAS_GRAD_Y: gl.constexpr,
+    BT: gl.constexpr,
+    BC: gl.constexpr,
+    W: gl.constexpr,
+):
+    """What BT tokens need, to their place in shared memory."""
+    K: gl.constexpr = N * C
+    LAST: gl.constexpr = HEAD if HEAD < M else M
+    live = last - start
+    left = C - c
+    token = start.to(gl.int64)
+    copy_projected(high_heads.index(at), projected_ptr, start, live, T, 0, LAST, 0, M, HEAD, BT, W)
+    copy_projected(low_heads.index(at), projected_ptr, start, live, T, 0, LAST, 1, M, HEAD, BT, W)
+    if TAIL > 0:
+        copy_projected(
+            high_tails.index(at), projected_ptr, start, live, T, HEAD, M, 0, M, TAIL, BT, W
+        )
+        copy_projected(
+            low_tails.index(at), projected_ptr, start, live, T, HEAD, M, 1, M, TAIL, BT, W
+        )
+    copy_states(xs.index(at), x_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
+    if HAS_GRAD_Y:
+        copy_states(ys.index(at), grad_y_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
+    copy_states(us.index(at), grad_u_ptr + token * C + c, C, live, left, BT, BC, W)
