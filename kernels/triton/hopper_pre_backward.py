@@ -2,10 +2,11 @@
 
 The same sums of the same products as in pre_backward.py and wide_pre_backward.py. What a tile needs
 is copied to shared memory a step ahead, in the order in which tensor cores read it; all products of
-a step run beside each other and beside what is added to them; and what is added is read in the
-layout of the products' results, so that nothing changes its layout but the result on its way out.
-Triton by itself waits for nearly every product, and brings every tile into that layout by way of
-shared memory, between barriers.
+a step run beside each other and beside what is added to them. A thread has two neighbouring columns
+of a product in eight; the columns of phi are in such an order that these are eight neighbouring
+channels, so that what is added is read, and the result written, 16 bytes at a time, and nothing
+changes its layout. Triton by itself waits for nearly every product, and brings every tile into the
+layout of the products and back by way of shared memory, between barriers.
 """
 
 from triton.experimental import gluon
@@ -41,6 +42,31 @@ def product(rows, columns, warps):
     return gl.NVMMADistributedLayout(
         [3, 0], [down, warps // down], [16, columns * down // warps, 16]
     )
+
+
+@gluon.constexpr_function
+def ordered(rows, columns, warps):
+    """Of ``in_order``; four warps share 64 rows, or eight 128."""
+    chunks = [[0, 32 << bit] for bit in range((columns // 32).bit_length() - 1)]
+    registers = [[0, 1], [0, 2], [0, 4], *chunks, [8, 0]]
+    threads = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    down = [[16 << bit, 0] for bit in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, threads, down, [], [rows, columns])
+
+
+@gluon.jit
+def interchanged(tile):
+    """Columns 8 g + 2 q + e of 32 as 8 q + 2 g + e: g counts eights, q pairs; its own inverse."""
+    ROWS: gl.constexpr = tile.shape[0]
+    COLUMNS: gl.constexpr = tile.shape[1]
+    groups = gl.reshape(tile, [ROWS, COLUMNS // 32, 4, 4, 2])
+    return gl.reshape(gl.permute(groups, [0, 1, 3, 2, 4]), [ROWS, COLUMNS])
+
+
+@gluon.jit
+def in_order(tile, LAYOUT: gl.constexpr):
+    """A product with ``interchanged`` columns: eight neighbours are a thread's, and have been."""
+    return gl.convert_layout(interchanged(tile), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -89,7 +115,7 @@ def copy_states(
 
 
 @gluon.jit
-def copy_phi(
+def load_phi(
     place,
     weight_ptr,
     stream,
@@ -105,14 +131,16 @@ def copy_phi(
     WIDE: gl.constexpr,
     W: gl.constexpr,
 ):
-    """ROWS of phi's columns: [BC, ROWS] of ``split_wide``, else [ROWS, BC]."""
+    """ROWS of phi's ``interchanged`` columns: [BC, ROWS] of ``split_wide``, else [ROWS, BC]."""
     if WIDE:
         LAYOUT: gl.constexpr = loads(ROWS, W)
-        channels = c + gl.arange(0, BC, layout=gl.SliceLayout(1, LAYOUT))
+        places = gl.arange(0, BC, layout=gl.SliceLayout(1, LAYOUT))
+        channels = c + places // 32 * 32 + places // 2 % 4 * 8 + places // 8 % 4 * 2 + places % 2
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
         columns = channels // 8 * (N * 8) + stream * 8 + channels % 8
         pointers = weight_ptr + part * M + columns[:, None] * (2 * M) + rows[None, :]
         mask = (channels < C)[:, None] & (rows < LAST)[None, :]
+        place.store(gl.load(pointers, mask=mask, other=0.0))
     else:
         LAYOUT: gl.constexpr = loads(BC, W)
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
@@ -120,7 +148,7 @@ def copy_phi(
         columns = channels // 8 * (N * 8) + stream * 8 + channels % 8
         pointers = weight_ptr + part * M * (N * C) + rows[:, None] * (N * C) + columns[None, :]
         mask = (rows < LAST)[:, None] & (channels < C)[None, :]
-    async_copy.async_copy_global_to_shared(place, pointers, mask=mask)
+        place.store(interchanged(gl.load(pointers, mask=mask, other=0.0)))
 
 
 @gluon.jit
@@ -188,7 +216,7 @@ def hopper_pre_bwd(
     steps = (last - first + BT - 1) // BT
     GRAD: gl.constexpr = product(BT, BC, W)
     HEAD_SUMS: gl.constexpr = product(BC, HEAD, W)
-    STATE: gl.constexpr = loads(BC, W)
+    ORDER: gl.constexpr = ordered(BT, BC, W)
 
     xs = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
     us = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
@@ -206,22 +234,21 @@ def hopper_pre_bwd(
         phi_high = gl.allocate_shared_memory(bf16, [HEAD, BC], shared(BC))
         phi_low = gl.allocate_shared_memory(bf16, [HEAD, BC], shared(BC))
     LAST_HEAD: gl.constexpr = HEAD if HEAD < M else M
-    copy_phi(phi_high, weight_ptr, stream, c, 0, 0, LAST_HEAD, C, N, M, HEAD, BC, WIDE, W)
-    copy_phi(phi_low, weight_ptr, stream, c, 1, 0, LAST_HEAD, C, N, M, HEAD, BC, WIDE, W)
+    load_phi(phi_high, weight_ptr, stream, c, 0, 0, LAST_HEAD, C, N, M, HEAD, BC, WIDE, W)
+    load_phi(phi_low, weight_ptr, stream, c, 1, 0, LAST_HEAD, C, N, M, HEAD, BC, WIDE, W)
     if TAIL > 0:
         tail_high = gl.allocate_shared_memory(bf16, [BC, TAIL], shared(TAIL))
         tail_low = gl.allocate_shared_memory(bf16, [BC, TAIL], shared(TAIL))
-        copy_phi(tail_high, weight_ptr, stream, c, 0, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
-        copy_phi(tail_low, weight_ptr, stream, c, 1, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
+        load_phi(tail_high, weight_ptr, stream, c, 0, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
+        load_phi(tail_low, weight_ptr, stream, c, 1, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
 
     head_sums = gl.zeros([BC, HEAD], gl.float32, layout=HEAD_SUMS)
     if TAIL > 0:
         TAIL_SUMS: gl.constexpr = product(BC, TAIL, W)
         tail_sums = gl.zeros([BC, TAIL], gl.float32, layout=TAIL_SUMS)
     zero = gl.zeros([BT, BC], gl.float32, layout=GRAD)
-    tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, GRAD))
-    out_tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, STATE))
-    out_channels = gl.arange(0, BC, layout=gl.SliceLayout(0, STATE))
+    tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, ORDER))
+    channels = gl.arange(0, BC, layout=gl.SliceLayout(0, ORDER))
 
     for step in gl.static_range(STAGES - 1):
         if step < steps:
@@ -319,13 +346,14 @@ def hopper_pre_bwd(
         async_copy.commit_group()
         # three uses of x: raw's product with phi, its division by the RMS, and the read
         if HAS_GRAD_Y:
-            given = ys.index(at).load(GRAD).to(gl.float32)
-            given += read[:, None] * us.index(at).load(GRAD).to(gl.float32)
+            given = ys.index(at).load(ORDER).to(gl.float32)
+            given += read[:, None] * us.index(at).load(ORDER).to(gl.float32)
         else:
-            given = read[:, None] * us.index(at).load(GRAD).to(gl.float32)
-        given += radial[:, None] * xs.index(at).load(GRAD).to(gl.float32)
+            given = read[:, None] * us.index(at).load(ORDER).to(gl.float32)
+        given += radial[:, None] * xs.index(at).load(ORDER).to(gl.float32)
         RUNNING: gl.constexpr = 0 if not TRAINS else (4 if TAIL > 0 else 2)
-        grad = warpgroup_mma_wait(num_outstanding=RUNNING, deps=(grad,)) + given
+        grad = warpgroup_mma_wait(num_outstanding=RUNNING, deps=(grad,))
+        grad = in_order(grad, ORDER) + given
         if SCALED:
             peak = gl.maximum(gl.max(gl.abs(grad), axis=1), 1e-30)
             row = stream * ((C + BC - 1) // BC) + c // BC
@@ -335,17 +363,9 @@ def hopper_pre_bwd(
             value = (grad * (16384.0 / peak)[:, None]).to(gl.float16)
         else:
             value = grad.to(bf16)
-        # In the place of the gradient of u, which everybody has read.
-        place = us.index(at)
-        if SCALED:
-            place = place._reinterpret(gl.float16, [BT, BC], shared(BC))
-        barrier()
-        place.store(value)
-        barrier()
-        value = place.load(STATE)
-        mask = (out_tokens < live)[:, None] & (out_channels < left)[None, :]
+        mask = here[:, None] & (channels < left)[None, :]
         base = grad_x_ptr + start.to(gl.int64) * K + stream * C + c
-        gl.store(base + out_tokens[:, None] * K + out_channels[None, :], value, mask=mask)
+        gl.store(base + tokens[:, None] * K + channels[None, :], value, mask=mask)
         if TRAINS:
             if TAIL > 0:
                 head_sums, tail_sums = warpgroup_mma_wait(
