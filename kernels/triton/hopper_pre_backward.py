@@ -211,7 +211,9 @@ def hopper_pre_bwd(
     stream = gl.program_id(0) % N
     c = gl.program_id(0) // N * BC
     left = C - c
-    first = gl.program_id(1) * SPLIT
+    # The last tokens first: what ``mix_bwd`` read last is still in L2.
+    split = gl.num_programs(1) - 1 - gl.program_id(1)
+    first = split * SPLIT
     last = gl.minimum(first + SPLIT, T)
     steps = (last - first + BT - 1) // BT
     GRAD: gl.constexpr = product(BT, BC, W)
@@ -374,7 +376,7 @@ def hopper_pre_bwd(
             else:
                 head_sums = warpgroup_mma_wait(num_outstanding=0, deps=(head_sums,))
     if TRAINS:
-        split = gl.program_id(1).to(gl.int64)
+        split = split.to(gl.int64)
         store_columns(
             weight_partial_ptr, split, head_sums, 0, stream, c, C, N, M, HEAD, BC, HEAD_SUMS
         )

@@ -101,10 +101,14 @@ def project_fwd(
     K: tl.constexpr = N * C
     SPLITS: tl.constexpr = (K + SPAN - 1) // SPAN
     T = tl.cast(T, tl.int64)
-    first, _, live = token_rows(T, BT, SPLITS)
+    # The last tokens first: what ``post_fwd`` wrote last is still in L2.
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // SPLITS
+    program = block * SPLITS + tl.program_id(0) % SPLITS
+    first = block.to(tl.int64) * BT
+    live = first + tl.arange(0, BT) < T
     rows = tl.arange(0, BT)[:, None] * K
     y_ptr += first * K
-    sums_ptr += tl.program_id(0).to(tl.int64) * (PARTS * M * BT)
+    sums_ptr += program.to(tl.int64) * (PARTS * M * BT)
     head = tl.zeros([BT, HEAD], tl.float32)
     if TAIL > 0:
         tail = tl.zeros([BT, TAIL], tl.float32)
@@ -213,9 +217,9 @@ def read_fwd(
             COUNT,
         )
     elif READS:
-        # The last tokens first: what was written last is still in L2.
+        # The first tokens first, which ``project_fwd`` read last.
         input_fwd(
-            (tl.num_programs(0) - 1 - program).to(tl.int64) * BT,
+            (program - programs).to(tl.int64) * BT,
             y_ptr,
             sums_ptr,
             alpha_pre_ptr,
