@@ -36,9 +36,15 @@ def shared(columns):
 
 
 @gluon.constexpr_function
+def warps_down(rows, warps):
+    """Of a product: warpgroups share its rows where there are 64 for each, else its columns."""
+    return warps if rows >= 16 * warps else 4
+
+
+@gluon.constexpr_function
 def product(rows, columns, warps):
-    """Of a product's result: warpgroups share its rows where there are 64 for each."""
-    down = warps if rows >= 16 * warps else 4
+    """Of a product's result."""
+    down = warps_down(rows, warps)
     return gl.NVMMADistributedLayout(
         [3, 0], [down, warps // down], [16, columns * down // warps, 16]
     )
@@ -46,12 +52,15 @@ def product(rows, columns, warps):
 
 @gluon.constexpr_function
 def ordered(rows, columns, warps):
-    """Of ``in_order``; four warps share 64 rows, or eight 128."""
-    chunks = [[0, 32 << bit] for bit in range((columns // 32).bit_length() - 1)]
+    """Of ``in_order``."""
+    down = warps_down(rows, warps)
+    width = columns * down // warps
+    chunks = [[0, 32 << bit] for bit in range((width // 32).bit_length() - 1)]
     registers = [[0, 1], [0, 2], [0, 4], *chunks, [8, 0]]
     threads = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    down = [[16 << bit, 0] for bit in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, threads, down, [], [rows, columns])
+    places = [[16 << bit, 0] for bit in range(down.bit_length() - 1)]
+    places += [[0, width << bit] for bit in range((warps // down).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, threads, places, [], [rows, columns])
 
 
 @gluon.jit
