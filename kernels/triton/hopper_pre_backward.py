@@ -87,17 +87,17 @@ def copy_projected(
     T,
     first: gl.constexpr,
     LAST: gl.constexpr,
-    part: gl.constexpr,
     M: gl.constexpr,
     ROWS: gl.constexpr,
     BT: gl.constexpr,
     W: gl.constexpr,
 ):
-    """ROWS of the gradient of ``vec(x) phi``, [ROWS, BT]."""
+    """ROWS of each part of the gradient of ``vec(x) phi``, one below the other: [2 ROWS, BT]."""
     LAYOUT: gl.constexpr = loads(BT, W)
-    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    numbers = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(1, LAYOUT))
     tokens = gl.arange(0, BT, layout=gl.SliceLayout(0, LAYOUT))
-    pointers = projected_ptr + part * M * T + start + rows[:, None] * T + tokens[None, :]
+    rows = first + numbers % ROWS
+    pointers = projected_ptr + start + (numbers // ROWS * M + rows)[:, None] * T + tokens[None, :]
     mask = (rows < LAST)[:, None] & (tokens < live)[None, :]
     async_copy.async_copy_global_to_shared(place, pointers, mask=mask)
 
@@ -163,17 +163,17 @@ def load_phi(
 @gluon.jit
 def add_product(
     grad,
-    first_terms,
-    last_terms,
+    projected,
     phi_high,
     phi_low,
     TERMS: gl.constexpr,
     WIDE: gl.constexpr,
     FIRST: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
     """``grad + grad_projected @ phi`` of one group of rows, left running."""
-    high = first_terms.permute((1, 0))
-    low = last_terms.permute((1, 0))
+    high = projected.slice(0, ROWS).permute((1, 0))
+    low = projected.slice(ROWS, ROWS).permute((1, 0))
     if WIDE:
         phi_high = phi_high.permute((1, 0))
         phi_low = phi_low.permute((1, 0))
@@ -226,18 +226,16 @@ def hopper_pre_bwd(
     last = gl.minimum(first + SPLIT, T)
     steps = (last - first + BT - 1) // BT
     GRAD: gl.constexpr = product(BT, BC, W)
-    HEAD_SUMS: gl.constexpr = product(BC, HEAD, W)
+    HEAD_SUMS: gl.constexpr = product(BC, 2 * HEAD, W)
     ORDER: gl.constexpr = ordered(BT, BC, W)
 
     xs = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
     us = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
     if HAS_GRAD_Y:
         ys = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
-    high_heads = gl.allocate_shared_memory(bf16, [STAGES, HEAD, BT], shared(BT))
-    low_heads = gl.allocate_shared_memory(bf16, [STAGES, HEAD, BT], shared(BT))
+    heads = gl.allocate_shared_memory(bf16, [STAGES, 2 * HEAD, BT], shared(BT))
     if TAIL > 0:
-        high_tails = gl.allocate_shared_memory(bf16, [STAGES, TAIL, BT], shared(BT))
-        low_tails = gl.allocate_shared_memory(bf16, [STAGES, TAIL, BT], shared(BT))
+        tails = gl.allocate_shared_memory(bf16, [STAGES, 2 * TAIL, BT], shared(BT))
     if WIDE:
         phi_high = gl.allocate_shared_memory(bf16, [BC, HEAD], shared(HEAD))
         phi_low = gl.allocate_shared_memory(bf16, [BC, HEAD], shared(HEAD))
@@ -253,10 +251,10 @@ def hopper_pre_bwd(
         load_phi(tail_high, weight_ptr, stream, c, 0, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
         load_phi(tail_low, weight_ptr, stream, c, 1, HEAD, M, C, N, M, TAIL, BC, WIDE, W)
 
-    head_sums = gl.zeros([BC, HEAD], gl.float32, layout=HEAD_SUMS)
+    head_sums = gl.zeros([BC, 2 * HEAD], gl.float32, layout=HEAD_SUMS)
     if TAIL > 0:
-        TAIL_SUMS: gl.constexpr = product(BC, TAIL, W)
-        tail_sums = gl.zeros([BC, TAIL], gl.float32, layout=TAIL_SUMS)
+        TAIL_SUMS: gl.constexpr = product(BC, 2 * TAIL, W)
+        tail_sums = gl.zeros([BC, 2 * TAIL], gl.float32, layout=TAIL_SUMS)
     zero = gl.zeros([BT, BC], gl.float32, layout=GRAD)
     tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, ORDER))
     channels = gl.arange(0, BC, layout=gl.SliceLayout(0, ORDER))
@@ -267,10 +265,8 @@ def hopper_pre_bwd(
                 xs,
                 us,
                 ys if HAS_GRAD_Y else None,
-                high_heads,
-                low_heads,
-                high_tails if TAIL > 0 else None,
-                low_tails if TAIL > 0 else None,
+                heads,
+                tails if TAIL > 0 else None,
                 step,
                 grad_y_ptr,
                 grad_u_ptr,
@@ -304,25 +300,17 @@ def hopper_pre_bwd(
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         barrier()
-        high = high_heads.index(at)
-        low = low_heads.index(at)
-        grad = add_product(zero, high, low, phi_high, phi_low, TERMS, WIDE, True)
+        head = heads.index(at)
+        grad = add_product(zero, head, phi_high, phi_low, TERMS, WIDE, True, HEAD)
         if TAIL > 0:
-            high_tail = high_tails.index(at)
-            low_tail = low_tails.index(at)
-            grad = add_product(grad, high_tail, low_tail, tail_high, tail_low, TERMS, WIDE, False)
+            tail = tails.index(at)
+            grad = add_product(grad, tail, tail_high, tail_low, TERMS, WIDE, False, TAIL)
         if TRAINS:
             # grad_phi = grad_projected^T vec(x)
             factor = xs.index(at).permute((1, 0))
-            head_sums = warpgroup_mma(factor, high.permute((1, 0)), head_sums, is_async=True)
-            head_sums = warpgroup_mma(factor, low.permute((1, 0)), head_sums, is_async=True)
+            head_sums = warpgroup_mma(factor, head.permute((1, 0)), head_sums, is_async=True)
             if TAIL > 0:
-                tail_sums = warpgroup_mma(
-                    factor, high_tail.permute((1, 0)), tail_sums, is_async=True
-                )
-                tail_sums = warpgroup_mma(
-                    factor, low_tail.permute((1, 0)), tail_sums, is_async=True
-                )
+                tail_sums = warpgroup_mma(factor, tail.permute((1, 0)), tail_sums, is_async=True)
         # Where these go all products of the step before have been waited for.
         ahead = number + STAGES - 1
         if ahead < steps:
@@ -330,10 +318,8 @@ def hopper_pre_bwd(
                 xs,
                 us,
                 ys if HAS_GRAD_Y else None,
-                high_heads,
-                low_heads,
-                high_tails if TAIL > 0 else None,
-                low_tails if TAIL > 0 else None,
+                heads,
+                tails if TAIL > 0 else None,
                 ahead % STAGES,
                 grad_y_ptr,
                 grad_u_ptr,
@@ -362,7 +348,7 @@ def hopper_pre_bwd(
         else:
             given = read[:, None] * us.index(at).load(ORDER).to(gl.float32)
         given += radial[:, None] * xs.index(at).load(ORDER).to(gl.float32)
-        RUNNING: gl.constexpr = 0 if not TRAINS else (4 if TAIL > 0 else 2)
+        RUNNING: gl.constexpr = 0 if not TRAINS else (2 if TAIL > 0 else 1)
         grad = warpgroup_mma_wait(num_outstanding=RUNNING, deps=(grad,))
         grad = in_order(grad, ORDER) + given
         if SCALED:
@@ -387,11 +373,33 @@ def hopper_pre_bwd(
     if TRAINS:
         split = split.to(gl.int64)
         store_columns(
-            weight_partial_ptr, split, head_sums, 0, stream, c, C, N, M, HEAD, BC, HEAD_SUMS
+            weight_partial_ptr,
+            split,
+            head_sums,
+            0,
+            stream,
+            c,
+            C,
+            N,
+            M,
+            HEAD,
+            BC,
+            product(BC, HEAD, W),
         )
         if TAIL > 0:
             store_columns(
-                weight_partial_ptr, split, tail_sums, HEAD, stream, c, C, N, M, TAIL, BC, TAIL_SUMS
+                weight_partial_ptr,
+                split,
+                tail_sums,
+                HEAD,
+                stream,
+                c,
+                C,
+                N,
+                M,
+                TAIL,
+                BC,
+                product(BC, TAIL, W),
             )
 
 
@@ -410,7 +418,9 @@ def store_columns(
     BC: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """[BC, ROWS] into ``partial`` [splits, M, n * C]."""
+    """The parts of a sum [BC, 2 ROWS] together, into ``partial`` [splits, M, n * C]."""
+    together = gl.sum(gl.reshape(sums, [BC, 2, ROWS]), axis=1)
+    sums = gl.convert_layout(together, LAYOUT)
     channels = c + gl.arange(0, BC, layout=gl.SliceLayout(1, LAYOUT))
     rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
     pointers = (
@@ -424,10 +434,8 @@ def copy_step(
     xs,
     us,
     ys,
-    high_heads,
-    low_heads,
-    high_tails,
-    low_tails,
+    heads,
+    tails,
     at,
     grad_y_ptr,
     grad_u_ptr,
@@ -454,15 +462,9 @@ def copy_step(
     live = last - start
     left = C - c
     token = start.to(gl.int64)
-    copy_projected(high_heads.index(at), projected_ptr, start, live, T, 0, LAST, 0, M, HEAD, BT, W)
-    copy_projected(low_heads.index(at), projected_ptr, start, live, T, 0, LAST, 1, M, HEAD, BT, W)
+    copy_projected(heads.index(at), projected_ptr, start, live, T, 0, LAST, M, HEAD, BT, W)
     if TAIL > 0:
-        copy_projected(
-            high_tails.index(at), projected_ptr, start, live, T, HEAD, M, 0, M, TAIL, BT, W
-        )
-        copy_projected(
-            low_tails.index(at), projected_ptr, start, live, T, HEAD, M, 1, M, TAIL, BT, W
-        )
+        copy_projected(tails.index(at), projected_ptr, start, live, T, HEAD, M, M, TAIL, BT, W)
     copy_states(xs.index(at), x_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
     if HAS_GRAD_Y:
         copy_states(ys.index(at), grad_y_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
