@@ -36,6 +36,13 @@ def shared(columns):
 
 
 @gluon.constexpr_function
+def halves(columns):
+    """Of tiles that no product takes: two rows of 32 columns are in banks of their own, which is
+    what eight threads read in the layout ``ordered``."""
+    return gl.SwizzledSharedLayout(32, 1, columns // 32, [1, 0])
+
+
+@gluon.constexpr_function
 def warps_down(rows, warps):
     """Of a product: warpgroups share its rows where there are 64 for each, else its columns."""
     return warps if rows >= 16 * warps else 4
@@ -230,9 +237,9 @@ def hopper_pre_bwd(
     ORDER: gl.constexpr = ordered(BT, BC, W)
 
     xs = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
-    us = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
+    us = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], halves(BC))
     if HAS_GRAD_Y:
-        ys = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
+        ys = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], halves(BC))
     heads = gl.allocate_shared_memory(bf16, [STAGES, 2 * HEAD, BT], shared(BT))
     if TAIL > 0:
         tails = gl.allocate_shared_memory(bf16, [STAGES, 2 * TAIL, BT], shared(BT))
