@@ -364,7 +364,8 @@ def hopper_pre_bwd(
             gl.store(
                 scale_ptr + row.to(gl.int64) * T + start + tokens, peak * (1.0 / 16384.0), mask=here
             )
-            value = (grad * (16384.0 / peak)[:, None]).to(gl.float16)
+            # Its bits, where bfloat16 numbers are stored.
+            value = (grad * (16384.0 / peak)[:, None]).to(gl.float16).to(bf16, bitcast=True)
         else:
             value = grad.to(bf16)
         mask = here[:, None] & (channels < left)[None, :]
