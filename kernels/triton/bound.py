@@ -389,7 +389,17 @@ def hopper_pre_bwd(
     scaled: bool,
     single_pass: bool,
 ) -> Launch:
-    """Of bfloat16 streams, in the place of ``pre_bwd`` or ``wide_pre_bwd``."""
+    """Of bfloat16 streams, in the place of ``pre_bwd`` or ``wide_pre_bwd``.
+
+    Raises:
+        ValueError: the tile is none that tensor cores and the copies ahead of them can have.
+    """
+    possible = tile.tokens in (64, 128) and tile.channels in (64, 128)
+    if not possible or tile.num_warps not in (4, 8) or tile.num_stages < 2:
+        raise ValueError(
+            "tiles.hopper_pre_backward: expected 64 or 128 tokens and channels, 4 or 8 warps and "
+            f"at least 2 stages, got {tile}"
+        )
     head, tail = logit_groups(num_logits)
     return Launch(
         hopper.hopper_pre_bwd,

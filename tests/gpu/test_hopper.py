@@ -105,3 +105,20 @@ def test_of_a_gradient_that_is_not_aligned(n: int) -> None:
     found, _ = gradients(case, leaves, tiles, given)
     assert_close(found, expected)
     assert not all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+def test_of_more_numbers_than_32_bits_count() -> None:
+    """The last tokens of which begin behind 2^31 numbers of the streams."""
+    n, channels, last = 4, 2560, 64
+    tokens = 2**31 // (n * channels) // 16 * 16 + last
+    case = Case(operation="pre", n=n, tokens=tokens, channels=channels, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    leaves = operands(replace(case, tokens=1), CUDA)
+    leaves["streams"] = torch.randn(tokens, n, channels, dtype=torch.bfloat16, device=CUDA)
+    tiles, other_tiles = tiles_of(case)
+    tiles = replace(tiles, hopper_pre_split=65536)
+    own, given = gradients(case, leaves, tiles)
+    plain, _ = gradients(case, leaves, replace(other_tiles, pre_split=65536), given)
+    own["d_streams"], plain["d_streams"] = own["d_streams"][-last:], plain["d_streams"][-last:]
+    assert_close(own, plain)
+    assert not torch.equal(own["d_weight"], plain["d_weight"])
