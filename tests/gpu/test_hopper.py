@@ -45,9 +45,12 @@ def gradients(
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """But for the order of sums, and numbers that are rounded to bfloat16, of which a few in a
-    thousand go the other way."""
+    thousand go the other way; or to float16, of which the mappings' gradients of eight streams are
+    sums."""
     for name, grad in expected.items():
         bound = 3e-4 if grad.dtype == torch.bfloat16 else 3e-6
+        if name.startswith("d_mix"):
+            bound = 3e-5
         difference, norm = (found[name].double() - grad.double()).norm(), grad.double().norm()
         assert difference <= bound * norm, (name, float(difference / norm))
 
