@@ -20,7 +20,7 @@ _GIB = 2**30
 _LITTLE_DISK = 5 * _GIB  # less than two checkpoints of a 100M-parameter model
 
 # What has kernels of its own, and the Triton that they are written for.
-_HOPPER, _HOPPER_TRITON = (9, 0), Version("3.6")
+HOPPER, HOPPER_TRITON = (9, 0), Version("3.6")
 
 # What does not work without a package; transformer-engine's part depends on megatron-core.
 _COSTS = {
@@ -181,15 +181,15 @@ def _extension(machine: Machine) -> Iterator[Check]:
 def _hopper_kernels(machine: Machine) -> Iterator[Check]:
     """Those of ``mhc_megatron.kernels.triton.hopper``, where there is a GPU that has them."""
     version = machine.versions.get("triton")
-    if version is None or machine.torch is None or _HOPPER not in machine.torch.capabilities:
+    if version is None or machine.torch is None or HOPPER not in machine.torch.capabilities:
         return
-    old = Version(version) < _HOPPER_TRITON
+    old = Version(version) < HOPPER_TRITON
     yield Check(
         name="Hopper kernels",
         status="warn" if old else "ok",
         found=f"triton {version}",
         note="the backward of pre, and of eight streams, is slower; pip install 'triton>="
-        f"{_HOPPER_TRITON}', with a torch that goes with it"
+        f"{HOPPER_TRITON}', with a torch that goes with it"
         if old
         else "",
     )

@@ -4,13 +4,15 @@ import warnings
 from functools import cache
 
 import torch
-
-try:
-    from mhc_megatron.kernels.triton.hopper_pre_backward import hopper_pre_bwd
-except (ImportError, AttributeError):
-    hopper_pre_bwd = None
+import triton
 
 HOPPER = (9, 0)
+OLDEST_TRITON = (3, 6)
+
+if tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON:
+    from mhc_megatron.kernels.triton.hopper_pre_backward import hopper_pre_bwd
+else:
+    hopper_pre_bwd = None
 
 
 @cache
@@ -20,7 +22,8 @@ def runs_on(device: torch.device) -> bool:
         return False
     if hopper_pre_bwd is None:
         warnings.warn(
-            "hopper_pre_bwd needs triton>=3.6: pre_bwd or wide_pre_bwd runs instead",
+            f"hopper_pre_bwd needs triton>={'.'.join(map(str, OLDEST_TRITON))}, not "
+            f"{triton.__version__}: pre_bwd or wide_pre_bwd runs instead",
             RuntimeWarning,
             stacklevel=2,
         )
