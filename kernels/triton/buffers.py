@@ -159,16 +159,15 @@ class Buffers:
     def on_hopper(self) -> bool:
         """Whether ``hopper_pre_bwd`` takes the place of ``pre_bwd`` and ``wide_pre_bwd``.
 
-        It copies 16 bytes at a time, of rows of tokens, of channels, and of phi's rows, and counts
-        the numbers of the logits' gradient in 32 bits.
+        It copies tokens of the logits' gradient 16 bytes at a time, and counts its numbers in 32
+        bits.
         """
         if self.call.tiles.hopper_pre_backward is None or not self.num_logits or INTERPRETED:
             return False
         if not bound.interleaves(self.num_streams, self.dtype) or not hopper.runs_on(self.device):
             return False
-        if self.num_tokens % 16 or self.channels % 8 or (self.wide and self.num_logits % 8):
-            return False
-        return self.parts * self.num_logits * self.num_tokens < 2**31
+        few = self.parts * self.num_logits * self.num_tokens < 2**31
+        return few and self.num_tokens % 16 == 0
 
     @property
     def pre_backward_tile(self) -> Tile:

@@ -227,9 +227,7 @@ def hopper_pre_bwd(
     stream = gl.program_id(0) % N
     c = gl.program_id(0) // N * BC
     left = C - c
-    # The last tokens first: what ``mix_bwd`` read last is still in L2.
-    split = gl.num_programs(1) - 1 - gl.program_id(1)
-    first = split * SPLIT
+    first = gl.program_id(1) * SPLIT
     last = gl.minimum(first + SPLIT, T)
     steps = (last - first + BT - 1) // BT
     GRAD: gl.constexpr = product(BT, BC, W)
@@ -379,7 +377,7 @@ def hopper_pre_bwd(
             else:
                 head_sums = warpgroup_mma_wait(num_outstanding=0, deps=(head_sums,))
     if TRAINS:
-        split = split.to(gl.int64)
+        split = gl.program_id(1).to(gl.int64)
         store_columns(
             weight_partial_ptr,
             split,

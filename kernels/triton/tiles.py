@@ -150,7 +150,7 @@ def _hopper_pre_split(num_streams: int, num_tokens: int, channels: int, tile: Ti
 @cache
 def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
     if num_streams > 4:
-        return _wide_tiles(num_streams, dtype)
+        return _wide_tiles(dtype)
     if dtype != torch.bfloat16:
         # float32 products of the parts need more registers and shared memory.
         return Tiles(
@@ -190,11 +190,11 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         pre_backward=Tile(tokens=32, channels=64, num_stages=3),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
-        hopper_pre_backward=HOPPER if num_streams != 3 else None,
+        hopper_pre_backward=HOPPER,
     )
 
 
-def _wide_tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
+def _wide_tiles(dtype: torch.dtype) -> Tiles:
     """Of more than four streams; of bfloat16 none spills registers."""
     if dtype != torch.bfloat16:
         # As of fewer streams: products of float32 parts.
@@ -216,5 +216,5 @@ def _wide_tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         mix_backward=Tile(tokens=32, channels=64),
         post_backward=Tile(tokens=1, channels=128, num_warps=1),
         pre_backward=Tile(tokens=64, channels=64, num_stages=3),
-        hopper_pre_backward=HOPPER if num_streams == 8 else None,
+        hopper_pre_backward=HOPPER,
     )

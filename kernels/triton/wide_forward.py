@@ -101,14 +101,10 @@ def project_fwd(
     K: tl.constexpr = N * C
     SPLITS: tl.constexpr = (K + SPAN - 1) // SPAN
     T = tl.cast(T, tl.int64)
-    # The last tokens first: what ``post_fwd`` wrote last is still in L2.
-    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // SPLITS
-    program = block * SPLITS + tl.program_id(0) % SPLITS
-    first = block.to(tl.int64) * BT
-    live = first + tl.arange(0, BT) < T
+    first, _, live = token_rows(T, BT, SPLITS)
     rows = tl.arange(0, BT)[:, None] * K
     y_ptr += first * K
-    sums_ptr += program.to(tl.int64) * (PARTS * M * BT)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (PARTS * M * BT)
     head = tl.zeros([BT, HEAD], tl.float32)
     if TAIL > 0:
         tail = tl.zeros([BT, TAIL], tl.float32)
@@ -217,9 +213,9 @@ def read_fwd(
             COUNT,
         )
     elif READS:
-        # The first tokens first, which ``project_fwd`` read last.
+        # The last tokens first: what was written last is still in L2.
         input_fwd(
-            (program - programs).to(tl.int64) * BT,
+            (tl.num_programs(0) - 1 - program).to(tl.int64) * BT,
             y_ptr,
             sums_ptr,
             alpha_pre_ptr,

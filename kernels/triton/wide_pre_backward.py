@@ -134,8 +134,7 @@ def wide_pre_bwd(
     # Neighbours share the gradient of u, and find it in L2.
     stream = tl.program_id(0) % N
     c = tl.program_id(0) // N * BC
-    # The last tokens first: what ``mix_bwd`` read last is still in L2.
-    split = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
     first = split * SPLIT
     last = tl.minimum(first + SPLIT, T)
     channels = c + tl.arange(0, BC)

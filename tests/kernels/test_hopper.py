@@ -77,7 +77,8 @@ def test_what_they_can_copy_and_count(
     monkeypatch.setattr(buffers, "INTERPRETED", False)
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     streams = torch.empty(tokens, n, channels, dtype=dtype, device="meta")
-    plan = plan_of(streams, options=MappingOptions(**options))
+    # Plans are remembered, by options as well: these are no other test's.
+    plan = plan_of(streams, options=MappingOptions(rms_eps=0.125, **options))
     assert plan.on_hopper == expected
     monkeypatch.setattr(hopper, "runs_on", lambda device: False)
-    assert not plan_of(streams, options=MappingOptions(rms_eps=1e-3, **options)).on_hopper
+    assert not plan_of(streams, options=MappingOptions(rms_eps=0.25, **options)).on_hopper
