@@ -35,7 +35,7 @@ LONGEST = (
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    interpreter.prepare_language_once()
+    interpreter.interpret_faster()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,9 +54,9 @@ def _work(
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from helpers.dispatchers import clear_dispatchers
-    from helpers.interpreter import prepare_language_once
+    from helpers.interpreter import interpret_faster
 
-    prepare_language_once()
+    interpret_faster()
     # Megatron would make one at the first save, whose manager, a process, would import torch then.
     filesystem_async._results_queue = saved
     gc.freeze()  # what is imported is no garbage; to look through it takes longer than many a job

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 from helpers.fused import Case, operands, run_kernels
-from helpers.interpreter import prepare_language_once
+from helpers.interpreter import interpret_faster
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.skipif(
@@ -35,5 +35,5 @@ def test_the_language_is_prepared_once_per_kernel_and_put_back(
 
 def test_to_ask_again_changes_nothing() -> None:
     prepare = interpreter._patch_lang
-    prepare_language_once()
+    interpret_faster()
     assert interpreter._patch_lang is prepare
