@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import fake_deep_ep, interpreter
+from helpers import interpreter
 from helpers.pool import WorkerPool
 
 MAX_RANKS = 4
@@ -70,6 +70,6 @@ def workers(_pools: list[WorkerPool]) -> WorkerPool:
 @pytest.fixture(scope="module")
 def deep_ep_workers() -> Iterator[WorkerPool]:
     """With a stand-in for DeepEP; what it does not show, ``fake_deep_ep`` says."""
-    pool = WorkerPool(MAX_RANKS, prepare=fake_deep_ep.install)
+    pool = WorkerPool(MAX_RANKS, first="helpers.with_deep_ep")
     yield pool
     pool.close()

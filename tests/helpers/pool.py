@@ -1,16 +1,21 @@
 """Worker processes that stay alive between tests; torch and Megatron are imported once for all."""
 
 import contextlib
+import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -34,23 +39,32 @@ def process_context(imported: list[str] = _IMPORTED_ONCE) -> Any:
     return context
 
 
+@functools.cache
+def _server_with(first: str) -> forkserver.ForkServer:
+    """A second one, in which the module ``first`` is imported before Megatron."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([first, *_IMPORTED_ONCE])
+    # Some Pythons import these with their own sys.path, not with this process's.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        server.ensure_running()
+    return server
+
+
 def _die_with(parent: Any) -> None:
     while parent.is_alive():
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
 
 
-def _work(
-    rank: int, jobs: Any, results: Any, saved: Any, prepare: Callable[[], None] | None
-) -> None:
+def _work(rank: int, jobs: Any, results: Any, saved: Any, first: str | None) -> None:
     # A process group of its own: Megatron's checkpoint writer forks, and all must go together.
     os.setpgrp()
     parent = multiprocessing.parent_process()
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    if prepare is not None:
-        prepare()
+    if first is not None:
+        importlib.import_module(first)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from helpers.dispatchers import clear_dispatchers
@@ -80,22 +94,28 @@ class WorkerFailed(AssertionError):
 class WorkerPool:
     """``run(function, world_size, *arguments)`` calls it on ranks 0 .. world_size - 1 at once.
 
-    ``prepare`` is called first in each process, which then has not imported Megatron.
+    ``first`` names a module that each process imports before Megatron.
     """
 
-    def __init__(
-        self, size: int, *, timeout: float = 300.0, prepare: Callable[[], None] | None = None
-    ) -> None:
-        context = process_context() if prepare is None else multiprocessing.get_context("spawn")
+    def __init__(self, size: int, *, timeout: float = 300.0, first: str | None = None) -> None:
         self.timeout = timeout
         self.num_jobs = 0
+        if first is None:
+            self._start(size, first)
+            return
+        start = _server_with(first).connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", start):
+            self._start(size, first)
+
+    def _start(self, size: int, first: str | None) -> None:
+        context = process_context()
         self.manager = context.Manager()
         self.saved = [self.manager.Queue() for _ in range(size)]
         self.results = context.Queue()
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [
             # Not daemonic: Megatron's checkpoint writer starts processes of its own.
-            context.Process(target=_work, args=(rank, jobs, self.results, saved, prepare))
+            context.Process(target=_work, args=(rank, jobs, self.results, saved, first))
             for rank, (jobs, saved) in enumerate(zip(self.jobs, self.saved, strict=True))
         ]
         for process in self.processes:

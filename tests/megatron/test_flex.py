@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import fake_deep_ep, layouts
+from helpers import layouts
 from helpers.oracle import FLEX, FLEX_LAYOUT, MOE, run_config
 from helpers.pool import WorkerPool
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
@@ -50,7 +50,7 @@ def step(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool, 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[WorkerPool]:
-    pool = WorkerPool(2, prepare=fake_deep_ep.install_with_engine)
+    pool = WorkerPool(2, first="helpers.with_deep_ep_and_engine")
     yield pool
     pool.close()
 
