@@ -29,12 +29,13 @@ def run_config(
     layout: dict[str, Any] | None = None,
     *,
     mhc: MHCConfig | None = None,
+    num_layers: int = 8,
     global_batch_size: int = 4,
     **options: Any,
 ) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
-            num_layers=8,
+            num_layers=num_layers,
             hidden_size=32,
             num_attention_heads=4,
             ffn_hidden_size=64,

@@ -62,6 +62,7 @@ def test_the_bits_of_none_and_the_model_of_alltoall(workers: WorkerPool) -> None
             model,
             layout,
             mhc=BLOCKS,
+            num_layers=4,  # two a stage
             global_batch_size=16,
             dtype="bf16",
             transformer_impl="transformer_engine",

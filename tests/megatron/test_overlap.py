@@ -25,7 +25,7 @@ from mhc_megatron.pipeline.catalogue import generate
 from mhc_megatron.pretrain.scheduled import run_schedule
 from mhc_megatron.training.layout import ParallelConfig
 
-NUM_MB = 8
+NUM_MB = 6  # more than fill the pipeline: its middle is pairs alone
 V = {"pipeline": 2, "schedule": "dualpipe_v"}
 BLOCKS = MHCConfig(recompute="block", recompute_block=2, sinkhorn_iterations=3)
 PLAIN = MHCConfig(sinkhorn_iterations=3)
@@ -81,6 +81,7 @@ def test_the_same_bits(
     folder = tmp_path_factory.mktemp(name)
     options: dict[str, Any] = {"mhc": mhc, "global_batch_size": NUM_MB * layout.get("data", 1)}
     options["dtype"] = "bf16" if flex else "fp32"
+    options["num_layers"] = 4 * layout.get("pipeline", 1)  # two a stage or more
     key = (*model.items(), mhc.recompute, *layout.items())
     if key not in serial:
         initial, gradients = folder / "initial", folder / "serial"
