@@ -33,6 +33,7 @@ def run_config(
     global_batch_size: int = 4,
     **options: Any,
 ) -> TrainConfig:
+    """Few iterations, which are most of a step on a CPU: how many, no layout depends on."""
     return TrainConfig(
         model=ModelConfig(
             num_layers=num_layers,
@@ -42,7 +43,7 @@ def run_config(
             seq_length=16,
             **model,
         ),
-        mhc=mhc or MHCConfig(),
+        mhc=mhc or MHCConfig(sinkhorn_iterations=3),
         parallel=ParallelConfig(**(layout or {})),
         micro_batch_size=1,
         global_batch_size=global_batch_size,

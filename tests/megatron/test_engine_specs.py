@@ -25,7 +25,7 @@ PIPELINES = [
 
 # In a process of its own: megatron-core looks for Transformer Engine when it is imported.
 SCRIPT = f"""
-import json, os, sys
+import dataclasses, json, os, sys
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "benchmarks")!r}]
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 from helpers import fake_engine
@@ -36,12 +36,14 @@ from virtual_ranks import VirtualRanks, run_config
 from mhc_megatron.config import MHCConfig
 torch.set_num_threads(1)
 engine.LENGTH, found = 16, {{}}
+few = MHCConfig(sinkhorn_iterations=3)
 with engine.single_process():
     for schedule, model, ranks in {PIPELINES}:
         config = run_config(
             schedule, ranks, hidden_size=32, seq_length=8, transformer_impl="transformer_engine"
         )
         config = engine.with_model(config, **engine.MODELS[model])
+        config = dataclasses.replace(config, mhc=few)
         steps = []
         for delay in (False, True):
             virtual = VirtualRanks(config, torch.device("cpu"), delay=delay)
@@ -49,7 +51,7 @@ with engine.single_process():
             steps.append(virtual.pipelined() if delay else virtual.serial())
         found[f"{{schedule}}_{{model}}_{{ranks}}"] = steps[1].differences(steps[0])
     for model in engine.MODELS:
-        chunk = engine.build(engine.run_config(model))
+        chunk = engine.build(engine.run_config(model, mhc=few))
         kept = engine.step(chunk)
         vanished = [name for name, g in kept.gradients.items() if not g.abs().sum() > 0]
         differences = {{}}
@@ -70,7 +72,7 @@ with engine.single_process():
         made.recompute_granularity, made.recompute_modules = "selective", ["core_attn", "moe_act"]
         return made
     engine.megatron_config = again
-    kept, chunk = None, engine.build(engine.run_config("moe"))
+    kept, chunk = None, engine.build(engine.run_config("moe", mhc=few))
     runs = sum(getattr(module, "activation_recompute", False) for module in chunk.modules())
     found["again"] = {{"runs": runs}}
     for name, mhc in {{"none": MHCConfig(), **engine.POLICIES}}.items():
@@ -79,7 +81,7 @@ with engine.single_process():
         kept = kept or step
         found["again"][name] = step.differences(kept)
     engine.megatron_config = plain
-    chunk = engine.build(engine.run_config("moe"))
+    chunk = engine.build(engine.run_config("moe", mhc=few))
     found["again"]["without"] = engine.step(chunk).differences(kept)
 print("found", json.dumps(found))
 """

@@ -34,9 +34,9 @@ def command(tmp_path: Path, out: Path, *more: str) -> list[str]:
     train, valid = training.corpus(tmp_path)
     settings = [
         "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
-        "model.ffn_hidden_size=64", "model.seq_length=32", "parallel.tensor=1",
-        "parallel.sequence=False", "micro_batch_size=1", "global_batch_size=2", "eval_interval=0",
-        "eval_iters=1", f"data.train={train}", f"data.valid={valid}", *more,
+        "model.ffn_hidden_size=64", "model.seq_length=32", "mhc.sinkhorn_iterations=3",
+        "parallel.tensor=1", "parallel.sequence=False", "micro_batch_size=1", "global_batch_size=2",
+        "eval_interval=0", "eval_iters=1", f"data.train={train}", f"data.valid={valid}", *more,
     ]  # fmt: skip
     words = [sys.executable, "-m", "mhc_megatron.launch.cli", "train", "--recipe", "stdlib-small"]
     return [*words, "--out", str(out), "--set", *settings]

@@ -48,7 +48,7 @@ def config(data: DataConfig, tmp_path: Path) -> TrainConfig:
         model=ModelConfig(
             num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, seq_length=32
         ),
-        mhc=MHCConfig(contraction="learned"),
+        mhc=MHCConfig(contraction="learned", sinkhorn_iterations=3),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
         data=data,
         steps=6,

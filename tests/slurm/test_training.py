@@ -17,6 +17,7 @@ TINY = [
     "model.num_attention_heads=2",
     "model.ffn_hidden_size=64",
     "model.seq_length=32",
+    "mhc.sinkhorn_iterations=3",
     "micro_batch_size=1",
     "global_batch_size=4",
     "eval_interval=0",
