@@ -26,6 +26,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+# What a device can be given as; looked for in the arguments of every operation.
+_DEVICES = frozenset((str, torch.device))
+_TYPE = Tensor.type
 
 
 def _is_cuda(device: object) -> bool:
@@ -40,16 +43,19 @@ class _CudaMeansCPU(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.type and len(args) == 1 and not kwargs:
+        for arg in args:
+            if type(arg) in _DEVICES:
+                args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
+                break
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+            return func(*args, **kwargs)
+        if func is _TYPE and len(args) == 1:
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        if any(map(_is_cuda, args)):
-            args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
-        return func(*args, **kwargs)
+        return func(*args)
 
 
 class _Stream:
