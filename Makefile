@@ -30,6 +30,9 @@ CORE_TESTS := tests/data tests/megatron
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Whatever the environment says: the tests start a hundred processes, which would all compile the
+# same modules.
+export PYTHONDONTWRITEBYTECODE :=
 say = @printf '\n==> %s\n'
 
 help:
