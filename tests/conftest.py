@@ -13,23 +13,33 @@ from helpers import interpreter
 from helpers.pool import WorkerPool
 
 MAX_RANKS = 4
-# The files that take longest, half a minute and more; what is begun last should be short, or one of
-# two workers has nothing to do in the end.
+# The files that take longest, a quarter of a minute and more; what is begun last should be short,
+# or one of two workers has nothing to do in the end.
 LONGEST = (
+    "test_compiles.py",
+    "test_overlap.py",
+    "test_pretrain.py",
     "test_training.py",
-    "test_killed.py",
     "test_schedules.py",
+    "test_killed.py",
+    "test_engine_specs.py",
     "test_interrupted.py",
-    "test_layouts.py",
     "test_recompute_layouts.py",
+    "test_layouts.py",
     "test_virtual_ranks.py",
     "test_main_grad.py",
-    "test_overlap.py",
+    "test_overlap_benchmark.py",
     "test_upcycle.py",
-    "test_pretrain.py",
-    "test_multigpu.py",
+    "test_flex.py",
+    "test_lane_gradients.py",
+    "test_async_save.py",
+    "test_guard.py",
+    "test_wide.py",
+    "test_native.py",
     "test_recompute_benchmark.py",
-    "test_compiles.py",
+    "test_phases.py",
+    "test_multigpu.py",
+    "test_tracing.py",
     "test_fused.py",
 )
 
