@@ -96,6 +96,8 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
     """One launch of ``kernel`` per copy of the operands, as ``post_pre``, ``pre`` or ``post``
     makes it."""
     made = []
+    if kernel == "pre_backward":
+        tiles = replace(tiles, hopper_pre_backward=None)
     for one in data:
         parameters = Parameters(one.weight, *one.alphas.split(1), one.bias)
         post = (one.streams, one.branch, None, one.packed)
@@ -197,8 +199,6 @@ def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
             splits = (512, 1024, 2048) if kernel in SPLITS else (getattr(base, of_split),)
             for term, split in itertools.product(terms, splits):
                 chosen = {kernel: tile, of_split: split, "product_terms": term}
-                if kernel == "pre_backward":
-                    chosen["hopper_pre_backward"] = None
                 found.append((kernel, replace(base, **chosen)))
     return found
 
