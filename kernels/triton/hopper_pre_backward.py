@@ -2,11 +2,10 @@
 
 The same sums of the same products as in pre_backward.py and wide_pre_backward.py. What a tile needs
 is copied to shared memory a step ahead, in the order in which tensor cores read it; all products of
-a step run beside each other and beside what is added to them. A thread has two neighbouring columns
-of a product in eight; the columns of phi are in such an order that these are eight neighbouring
-channels, so that what is added is read, and the result written, 16 bytes at a time, and nothing
-changes its layout. Triton by itself waits for nearly every product, and brings every tile into the
-layout of the products and back by way of shared memory, between barriers.
+a step run beside each other and beside what is added to them, which is read in the layout of their
+results (``in_order``), so that nothing changes its layout. Triton by itself waits for nearly every
+product, and brings every tile into the layout of the products and back by way of shared memory,
+between barriers.
 """
 
 from triton.experimental import gluon
@@ -18,71 +17,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Its name up to Triton 3.6.
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@gluon.constexpr_function
-def loads(columns, warps):
-    """16 bytes of a row of so many 16-bit numbers per thread."""
-    across = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def shared(columns):
-    """As tensor cores read rows of so many 16-bit numbers."""
-    return gl.NVMMASharedLayout(min(128, 2 * columns), 16, 2)
-
-
-@gluon.constexpr_function
-def halves(columns):
-    """Of tiles that no product takes: two rows of 32 columns are in banks of their own, which is
-    what eight threads read in the layout ``ordered``."""
-    return gl.SwizzledSharedLayout(32, 1, columns // 32, [1, 0])
-
-
-@gluon.constexpr_function
-def warps_down(rows, warps):
-    """Of a product: warpgroups share its rows where there are 64 for each, else its columns."""
-    return warps if rows >= 16 * warps else 4
-
-
-@gluon.constexpr_function
-def product(rows, columns, warps):
-    """Of a product's result."""
-    down = warps_down(rows, warps)
-    return gl.NVMMADistributedLayout(
-        [3, 0], [down, warps // down], [16, columns * down // warps, 16]
-    )
-
-
-@gluon.constexpr_function
-def ordered(rows, columns, warps):
-    """Of ``in_order``."""
-    down = warps_down(rows, warps)
-    width = columns * down // warps
-    chunks = [[0, 32 << bit] for bit in range((width // 32).bit_length() - 1)]
-    registers = [[0, 1], [0, 2], [0, 4], *chunks, [8, 0]]
-    threads = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    places = [[16 << bit, 0] for bit in range(down.bit_length() - 1)]
-    places += [[0, width << bit] for bit in range((warps // down).bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, threads, places, [], [rows, columns])
-
-
-@gluon.jit
-def interchanged(tile):
-    """Columns 8 g + 2 q + e of 32 as 8 q + 2 g + e: g counts eights, q pairs; its own inverse."""
-    ROWS: gl.constexpr = tile.shape[0]
-    COLUMNS: gl.constexpr = tile.shape[1]
-    groups = gl.reshape(tile, [ROWS, COLUMNS // 32, 4, 4, 2])
-    return gl.reshape(gl.permute(groups, [0, 1, 3, 2, 4]), [ROWS, COLUMNS])
-
-
-@gluon.jit
-def in_order(tile, LAYOUT: gl.constexpr):
-    """A product with ``interchanged`` columns: eight neighbours are a thread's, and have been."""
-    return gl.convert_layout(interchanged(tile), LAYOUT, assert_trivial=True)
+from mhc_megatron.kernels.triton.hopper_tiles import (
+    barrier,
+    copy_states,
+    halves,
+    in_order,
+    interchanged,
+    loads,
+    ordered,
+    product,
+    shared,
+)
+from mhc_megatron.kernels.triton.tile_math import as_half, interleaved_place, scaled_half
 
 
 @gluon.jit
@@ -110,27 +56,6 @@ def copy_projected(
 
 
 @gluon.jit
-def copy_states(
-    place,
-    base,
-    stride: gl.constexpr,
-    live,
-    left,
-    BT: gl.constexpr,
-    BC: gl.constexpr,
-    W: gl.constexpr,
-):
-    """[BT, BC] of the streams or of what has a stream's channels."""
-    LAYOUT: gl.constexpr = loads(BC, W)
-    tokens = gl.arange(0, BT, layout=gl.SliceLayout(1, LAYOUT))
-    channels = gl.arange(0, BC, layout=gl.SliceLayout(0, LAYOUT))
-    mask = (tokens < live)[:, None] & (channels < left)[None, :]
-    async_copy.async_copy_global_to_shared(
-        place, base + tokens[:, None] * stride + channels[None, :], mask=mask
-    )
-
-
-@gluon.jit
 def load_phi(
     place,
     weight_ptr,
@@ -153,7 +78,7 @@ def load_phi(
         places = gl.arange(0, BC, layout=gl.SliceLayout(1, LAYOUT))
         channels = c + places // 32 * 32 + places // 2 % 4 * 8 + places // 8 % 4 * 2 + places % 2
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
-        columns = channels // 8 * (N * 8) + stream * 8 + channels % 8
+        columns = interleaved_place(stream, channels, N)
         pointers = weight_ptr + part * M + columns[:, None] * (2 * M) + rows[None, :]
         mask = (channels < C)[:, None] & (rows < LAST)[None, :]
         place.store(gl.load(pointers, mask=mask, other=0.0))
@@ -161,7 +86,7 @@ def load_phi(
         LAYOUT: gl.constexpr = loads(BC, W)
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
         channels = c + gl.arange(0, BC, layout=gl.SliceLayout(0, LAYOUT))
-        columns = channels // 8 * (N * 8) + stream * 8 + channels % 8
+        columns = interleaved_place(stream, channels, N)
         pointers = weight_ptr + part * M * (N * C) + rows[:, None] * (N * C) + columns[None, :]
         mask = (rows < LAST)[:, None] & (channels < C)[None, :]
         place.store(interchanged(gl.load(pointers, mask=mask, other=0.0)))
@@ -221,6 +146,8 @@ def hopper_pre_bwd(
     BC: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    """``pre_bwd`` of SPLIT tokens and BC channels of a stream; ``weight`` is that of ``split_wide``
+    where WIDE, and with SCALED the result as of ``wide_pre_bwd``."""
     K: gl.constexpr = N * C
     W: gl.constexpr = gl.num_warps()
     bf16: gl.constexpr = gl.bfloat16
@@ -236,9 +163,11 @@ def hopper_pre_bwd(
 
     xs = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], shared(BC))
     us = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], halves(BC))
+    ys = None
     if HAS_GRAD_Y:
         ys = gl.allocate_shared_memory(bf16, [STAGES, BT, BC], halves(BC))
     heads = gl.allocate_shared_memory(bf16, [STAGES, 2 * HEAD, BT], shared(BT))
+    tails = None
     if TAIL > 0:
         tails = gl.allocate_shared_memory(bf16, [STAGES, 2 * TAIL, BT], shared(BT))
     if WIDE:
@@ -265,34 +194,34 @@ def hopper_pre_bwd(
     channels = gl.arange(0, BC, layout=gl.SliceLayout(0, ORDER))
 
     for step in gl.static_range(STAGES - 1):
-        if step < steps:
-            copy_step(
-                xs,
-                us,
-                ys if HAS_GRAD_Y else None,
-                heads,
-                tails if TAIL > 0 else None,
-                step,
-                grad_y_ptr,
-                grad_u_ptr,
-                x_ptr,
-                projected_ptr,
-                first + step * BT,
-                last,
-                stream,
-                c,
-                T,
-                C,
-                N,
-                M,
-                HEAD,
-                TAIL,
-                HAS_GRAD_Y,
-                BT,
-                BC,
-                W,
-            )
-        async_copy.commit_group()
+        copy_step(
+            xs,
+            us,
+            ys,
+            heads,
+            tails,
+            step,
+            steps,
+            grad_y_ptr,
+            grad_u_ptr,
+            x_ptr,
+            projected_ptr,
+            first,
+            last,
+            stream,
+            c,
+            T,
+            C,
+            N,
+            M,
+            HEAD,
+            TAIL,
+            HAS_GRAD_Y,
+            BT,
+            BC,
+            STAGES,
+            W,
+        )
     for number in range(steps):
         start = first + number * BT
         at = number % STAGES
@@ -317,35 +246,34 @@ def hopper_pre_bwd(
             if TAIL > 0:
                 tail_sums = warpgroup_mma(factor, tail.permute((1, 0)), tail_sums, is_async=True)
         # Where these go all products of the step before have been waited for.
-        ahead = number + STAGES - 1
-        if ahead < steps:
-            copy_step(
-                xs,
-                us,
-                ys if HAS_GRAD_Y else None,
-                heads,
-                tails if TAIL > 0 else None,
-                ahead % STAGES,
-                grad_y_ptr,
-                grad_u_ptr,
-                x_ptr,
-                projected_ptr,
-                first + ahead * BT,
-                last,
-                stream,
-                c,
-                T,
-                C,
-                N,
-                M,
-                HEAD,
-                TAIL,
-                HAS_GRAD_Y,
-                BT,
-                BC,
-                W,
-            )
-        async_copy.commit_group()
+        copy_step(
+            xs,
+            us,
+            ys,
+            heads,
+            tails,
+            number + STAGES - 1,
+            steps,
+            grad_y_ptr,
+            grad_u_ptr,
+            x_ptr,
+            projected_ptr,
+            first,
+            last,
+            stream,
+            c,
+            T,
+            C,
+            N,
+            M,
+            HEAD,
+            TAIL,
+            HAS_GRAD_Y,
+            BT,
+            BC,
+            STAGES,
+            W,
+        )
         # three uses of x: raw's product with phi, its division by the RMS, and the read
         if HAS_GRAD_Y:
             given = ys.index(at).load(ORDER).to(gl.float32)
@@ -357,17 +285,14 @@ def hopper_pre_bwd(
         grad = warpgroup_mma_wait(num_outstanding=RUNNING, deps=(grad,))
         grad = in_order(grad, ORDER) + given
         if SCALED:
-            peak = gl.maximum(gl.max(gl.abs(grad), axis=1), 1e-30)
+            value, scale = scaled_half(grad)
             row = stream * ((C + BC - 1) // BC) + c // BC
-            gl.store(
-                scale_ptr + row.to(gl.int64) * T + start + tokens, peak * (1.0 / 16384.0), mask=here
-            )
-            # Its bits, where bfloat16 numbers are stored.
-            value = (grad * (16384.0 / peak)[:, None]).to(gl.float16).to(bf16, bitcast=True)
+            gl.store(scale_ptr + row.to(gl.int64) * T + start + tokens, scale, mask=here)
         else:
             value = grad.to(bf16)
         mask = here[:, None] & (channels < left)[None, :]
-        base = grad_x_ptr + start.to(gl.int64) * K + stream * C + c
+        result_ptr = as_half(grad_x_ptr) if SCALED else grad_x_ptr
+        base = result_ptr + start.to(gl.int64) * K + stream * C + c
         gl.store(base + tokens[:, None] * K + channels[None, :], value, mask=mask)
         if TRAINS:
             if TAIL > 0:
@@ -442,12 +367,13 @@ def copy_step(
     ys,
     heads,
     tails,
-    at,
+    step,
+    steps,
     grad_y_ptr,
     grad_u_ptr,
     x_ptr,
     projected_ptr,
-    start,
+    first,
     last,
     stream,
     c,
@@ -460,18 +386,25 @@ def copy_step(
     HAS_GRAD_Y: gl.constexpr,
     BT: gl.constexpr,
     BC: gl.constexpr,
+    STAGES: gl.constexpr,
     W: gl.constexpr,
 ):
-    """What BT tokens need, to their place in shared memory."""
+    """What the tokens of a step need, if there is one, to its place in shared memory: one group of
+    copies in any case, as they are counted."""
     K: gl.constexpr = N * C
     LAST: gl.constexpr = HEAD if HEAD < M else M
-    live = last - start
-    left = C - c
-    token = start.to(gl.int64)
-    copy_projected(heads.index(at), projected_ptr, start, live, T, 0, LAST, M, HEAD, BT, W)
-    if TAIL > 0:
-        copy_projected(tails.index(at), projected_ptr, start, live, T, HEAD, M, M, TAIL, BT, W)
-    copy_states(xs.index(at), x_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
-    if HAS_GRAD_Y:
-        copy_states(ys.index(at), grad_y_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
-    copy_states(us.index(at), grad_u_ptr + token * C + c, C, live, left, BT, BC, W)
+    if step < steps:
+        at = step % STAGES
+        start = first + step * BT
+        live = last - start
+        left = C - c
+        token = start.to(gl.int64)
+        copy_projected(heads.index(at), projected_ptr, start, live, T, 0, LAST, M, HEAD, BT, W)
+        if TAIL > 0:
+            copy_projected(tails.index(at), projected_ptr, start, live, T, HEAD, M, M, TAIL, BT, W)
+        copy_states(xs.index(at), x_ptr + token * K + stream * C + c, K, live, left, BT, BC, W)
+        if HAS_GRAD_Y:
+            base = grad_y_ptr + token * K + stream * C + c
+            copy_states(ys.index(at), base, K, live, left, BT, BC, W)
+        copy_states(us.index(at), grad_u_ptr + token * C + c, C, live, left, BT, BC, W)
+    async_copy.commit_group()

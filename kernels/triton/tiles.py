@@ -87,7 +87,7 @@ class Tiles:
 # Of an H100 or H200.
 MULTIPROCESSORS = 132
 # Of ``hopper_pre_bwd``: its tile, and how many of its programs a multiprocessor has room for.
-HOPPER = Tile(tokens=64, channels=64, num_stages=2)
+HOPPER_PRE_TILE = Tile(tokens=64, channels=64, num_stages=2)
 HOPPER_PROGRAMS, HOPPER_WIDE_PROGRAMS = 3, 2
 HOPPER_SPLITS = 512, 1024, 2048
 # Tokens per program of ``pre_bwd``, where few channels would leave fewer.
@@ -177,7 +177,7 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
             pre_backward=Tile(tokens=32, channels=64, num_stages=4),
             weight_backward=Tile(tokens=128, channels=128, num_warps=8, num_stages=4),
             weight_split=2048,
-            hopper_pre_backward=HOPPER,
+            hopper_pre_backward=HOPPER_PRE_TILE,
         )
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_stages=4),
@@ -190,7 +190,7 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         pre_backward=Tile(tokens=32, channels=64, num_stages=3),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
-        hopper_pre_backward=HOPPER,
+        hopper_pre_backward=HOPPER_PRE_TILE,
     )
 
 
@@ -216,5 +216,5 @@ def _wide_tiles(dtype: torch.dtype) -> Tiles:
         mix_backward=Tile(tokens=32, channels=64),
         post_backward=Tile(tokens=1, channels=128, num_warps=1),
         pre_backward=Tile(tokens=64, channels=64, num_stages=3),
-        hopper_pre_backward=HOPPER,
+        hopper_pre_backward=HOPPER_PRE_TILE,
     )

@@ -8,7 +8,7 @@ import torch
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import bound
 from mhc_megatron.kernels.triton.plan import plan_of
-from mhc_megatron.kernels.triton.tiles import HOPPER, Tile, blocks, default_tiles
+from mhc_megatron.kernels.triton.tiles import HOPPER_PRE_TILE, Tile, blocks, default_tiles
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_programs_that_square_all_streams_cannot_share_a_tokens_channels() -> No
     "wrong", [{"tokens": 32}, {"channels": 32}, {"num_warps": 2}, {"num_stages": 1}], ids=str
 )
 def test_a_tile_of_hopper_pre_bwd_that_it_cannot_have_is_refused(wrong: dict[str, int]) -> None:
-    tile = replace(HOPPER, **wrong)
+    tile = replace(HOPPER_PRE_TILE, **wrong)
     how = dict(has_grad_y=True, trains=True, scaled=False, single_pass=False)
     with pytest.raises(ValueError, match=r"hopper_pre_backward: expected 64 or 128 .* got Tile"):
         bound.hopper_pre_bwd(4, 64, 24, tile, 512, 3, **how)
