@@ -57,6 +57,8 @@ def spans(tiles: list[Tile], channels: str) -> list[Tile]:
 CANDIDATES = {
     "mix": grid("16 32", "32 64", "4 8", "2 3 4") + grid("16 32 64", "64 128", "8", "2"),
     "pre": grid("16 32 64", "64", "4 8", "2 3 4"),
+    "hopper_mix": grid("32 64", "64", "4 8", "2 3 4"),
+    "hopper_read": grid("4 8 16", "64 128 256", "1 2 4", "2 3 4"),
     "post": one_chunk(grid("8 16", "128 256 512", "4 8", "1")),
     "rebuild": grid("4 8 16", "64 128 256 512", "4 8", "1"),
     "mix_backward": grid("4 8 16 32", "64 128 256", "1 2 4 8", "2 3"),
@@ -77,12 +79,13 @@ WIDE_CANDIDATES = {
     "pre_backward": grid("64 128", "32 64 128", "4 8", "2 3"),
 }
 # Launched for up to four streams alone.
-NARROW = ("pre", "streams_backward", "weight_backward")
+NARROW = ("pre", "hopper_mix", "hopper_read", "streams_backward", "weight_backward")
 
 KERNELS = ["project", *CANDIDATES]
 
-# Only one of them is launched: the latter where there is a tile for it.
+# Of both parts of a pair only one is launched: the latter where there is a tile for it.
 PRE_BACKWARD = ("pre_backward", "hopper_pre_backward")
+MIX = ("mix", "pre", "project"), ("hopper_mix", "hopper_read")
 
 # Kernels whose programs take a part of the tokens, and the field that says how many.
 SPLITS = {
@@ -98,6 +101,8 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
     made = []
     if kernel == "pre_backward":
         tiles = replace(tiles, hopper_pre_backward=None)
+    elif kernel in MIX[0]:
+        tiles = replace(tiles, hopper_mix=None)
     for one in data:
         parameters = Parameters(one.weight, *one.alphas.split(1), one.bias)
         post = (one.streams, one.branch, None, one.packed)
@@ -126,7 +131,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         plan = plan_of(*post[:3], options=options(), tiles=tiles)
         factors, kept_factors = launch.factor_weight(plan, None, one.weight)
         mixed = (None, *post, factors, parameters, None)
-        if kernel in ("mix", "project"):
+        if kernel in MIX[0] + MIX[1]:
             made.append(partial(launch.mix, plan, *mixed))
             continue
         streams, _, raw, packed, _ = launch.mix(default, *mixed)

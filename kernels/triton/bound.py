@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import forward, hopper, wide_forward
+from mhc_megatron.kernels.triton import forward, hopper, read_forward, wide_forward
 from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
 from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
@@ -178,12 +178,15 @@ def read_fwd(
     dtype: torch.dtype,
     options: MappingOptions,
     tile: Tile,
-    project: Tile,
+    splits: int,
+    tokens: int,
     reads: bool,
     has_norm: bool,
+    squares: bool,
 ) -> Launch:
+    """``tokens``: of each of the ``splits`` programs whose sums it adds up."""
     return Launch(
-        wide_forward.read_fwd,
+        read_forward.read_fwd,
         C=channels,
         N=n,
         NP=padded(n, 2),
@@ -195,9 +198,49 @@ def read_fwd(
         ITERATIONS=options.iterations,
         READS=reads,
         HAS_NORM=has_norm,
-        SPLITS=project.splits(n * channels),
-        TILE=project.tokens,
+        SQUARES=squares,
+        SPLITS=splits,
+        TILE=tokens,
         COUNT=later_tokens(n, tile),
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+@cache
+def hopper_mix_fwd(
+    n: int,
+    channels: int,
+    num_logits: int,
+    tile: Tile,
+    has_post: bool,
+    has_bias: bool,
+    single_pass: bool,
+) -> Launch:
+    """Of bfloat16 streams, with ``read_fwd`` in the place of ``mix_fwd``.
+
+    Raises:
+        ValueError: the tile is none that tensor cores and the copies ahead of them can have.
+    """
+    span = tile.span or channels
+    possible = tile.tokens in (32, 64) and tile.channels == 64 and tile.num_warps in (4, 8)
+    if not possible or tile.num_stages < 2 or (tile.span or 0) % tile.channels:
+        raise ValueError(
+            "tiles.hopper_mix: expected 32 or 64 tokens, 64 channels, 4 or 8 warps, at least 2 "
+            f"stages and a span that is a multiple of the channels, got {tile}"
+        )
+    return Launch(
+        hopper.hopper_mix_fwd,
+        C=channels,
+        N=n,
+        M=num_logits,
+        ROWS=logit_rows(num_logits, torch.bfloat16),
+        HAS_POST=has_post,
+        HAS_BIAS=has_bias,
+        SINGLE_PASS=single_pass,
+        SPAN=span,
         BT=tile.tokens,
         BC=tile.channels,
         STAGES=tile.num_stages,

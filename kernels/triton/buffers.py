@@ -111,7 +111,7 @@ class Buffers:
         where it takes them as the backward does."""
         if self.wide or not bound.interleaves(self.num_streams, self.dtype):
             return 0
-        width = self.call.tiles.mix.channels
+        width = self.mix_tile.channels
         if width < GROUP.value:
             raise ValueError(
                 f"tiles.mix.channels: expected at least {GROUP.value} of {self.dtype} streams, "
@@ -129,6 +129,37 @@ class Buffers:
     def programs_of(self, tile: Tile, numbers: int) -> int:
         """Of a kernel whose programs may share so many numbers of a token."""
         return blocks(self.num_tokens, tile.tokens) * tile.splits(numbers)
+
+    @cached_property
+    def mixes_on_hopper(self) -> bool:
+        """Whether ``hopper_mix_fwd`` and ``read_fwd`` take the place of ``mix_fwd``."""
+        if self.call.tiles.hopper_mix is None or not self.num_logits or INTERPRETED or self.wide:
+            return False
+        return bound.interleaves(self.num_streams, self.dtype) and hopper.runs_on(self.device)
+
+    @property
+    def mix_tile(self) -> Tile:
+        """Of ``mix_fwd`` or ``hopper_mix_fwd``, whose channels are those of phi's chunks."""
+        tiles = self.call.tiles
+        if self.mixes_on_hopper:
+            assert tiles.hopper_mix is not None
+            return tiles.hopper_mix
+        return tiles.mix
+
+    @cached_property
+    def mix_sums(self) -> int:
+        """float32 numbers that ``hopper_mix_fwd`` leaves to ``read_fwd``."""
+        rows = self.parts * self.num_logits + 1
+        return self.programs_of(self.mix_tile, self.channels) * rows * self.mix_tile.tokens
+
+    @property
+    def read_tile(self) -> Tile:
+        """Of ``read_fwd``."""
+        tiles = self.call.tiles
+        if self.mixes_on_hopper:
+            assert tiles.hopper_read is not None
+            return tiles.hopper_read
+        return tiles.mix
 
     @property
     def project_tile(self) -> Tile:

@@ -150,6 +150,20 @@ class Plan(Buffers):
         numbers = self.num_tokens, self.options.rms_eps, self.options.eps, self._norm_eps
         return Prepared(kernel, (blocks(self.num_tokens, tile.tokens),), numbers)
 
+    @cached_property
+    def hopper_mix_fwd(self) -> Prepared:
+        tile = self.mix_tile
+        kernel = bound.hopper_mix_fwd(
+            self.num_streams,
+            self.channels,
+            self.num_logits,
+            tile,
+            self.has_branch,
+            self.has_bias,
+            self.single_pass,
+        )
+        return Prepared(kernel, (self.programs_of(tile, self.channels),), (self.num_tokens,))
+
     @property
     def _mix_tile(self) -> Tile:
         """Of ``mix_fwd``, with or without ``post``."""
@@ -177,8 +191,10 @@ class Plan(Buffers):
 
     @cached_property
     def read_fwd(self) -> Prepared:
-        """Of many streams, with ``post_fwd`` and ``project_fwd`` in the place of ``mix_fwd``."""
-        tile = self.call.tiles.mix
+        """Behind ``hopper_mix_fwd``, or of many streams ``post_fwd`` and ``project_fwd``."""
+        tile = self.read_tile
+        before = self.mix_tile if self.mixes_on_hopper else self.project_tile
+        shared = self.channels if self.mixes_on_hopper else self.num_streams * self.channels
         kernel = bound.read_fwd(
             self.num_streams,
             self.channels,
@@ -186,12 +202,15 @@ class Plan(Buffers):
             self.dtype,
             self.options,
             tile,
-            self.project_tile,
+            before.splits(shared),
+            before.tokens,
             not self.single_pass,
             self.has_norm,
+            self.mixes_on_hopper,
         )
         programs = self.programs_that_iterate(tile) + self.programs_that_read(tile)
-        numbers = self.num_tokens, self.options.eps, self._norm_eps
+        options = self.options
+        numbers = self.num_tokens, options.rms_eps, options.eps, self._norm_eps
         return Prepared(kernel, (programs,), numbers)
 
     @cached_property

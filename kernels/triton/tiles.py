@@ -53,6 +53,9 @@ class Tiles:
             than four streams ``wide_pre_bwd``, of ``post_pre`` too.
         pre_split: tokens per program of that, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
+        hopper_mix: ``hopper_mix_fwd``, which is launched with ``read_fwd`` in the place of
+            ``mix_fwd`` where ``Buffers.mixes_on_hopper``, with a ``span``. None for nowhere.
+        hopper_read: ``read_fwd`` behind it.
         hopper_pre_backward: ``hopper_pre_bwd``, which is launched in the place of ``pre_bwd`` and
             ``wide_pre_bwd`` where ``Buffers.on_hopper``; 64 or 128 tokens and channels. None for
             nowhere.
@@ -76,6 +79,8 @@ class Tiles:
     weight_backward: Tile | None = None
     mix_backward_norm: Tile | None = None
     pre: Tile | None = None
+    hopper_mix: Tile | None = None
+    hopper_read: Tile | None = None
     hopper_pre_backward: Tile | None = None
     project: Tile | None = None
     pre_split: int = 1024
@@ -90,6 +95,9 @@ MULTIPROCESSORS = 132
 HOPPER_PRE_TILE = Tile(tokens=64, channels=64, num_stages=2)
 HOPPER_PROGRAMS, HOPPER_WIDE_PROGRAMS = 3, 2
 HOPPER_SPLITS = 512, 1024, 2048
+# Of ``hopper_mix_fwd``, of which a multiprocessor has room for one program.
+HOPPER_MIX_TILE = Tile(tokens=32, channels=64, num_stages=4)
+HOPPER_MIX_SPLITS = 8
 # Tokens per program of ``pre_bwd``, where few channels would leave fewer.
 LEAST_PRE_SPLIT = 512
 
@@ -128,10 +136,26 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         tokens = blocks(num_tokens, max(2, 4 * MULTIPROCESSORS // programs))
         tokens = max(LEAST_PRE_SPLIT, blocks(tokens, tile.tokens) * tile.tokens)
         tiles = replace(tiles, pre_split=tokens)
+    if tiles.hopper_mix is not None:
+        span = _hopper_mix_span(num_tokens, channels, tiles.hopper_mix)
+        tiles = replace(tiles, hopper_mix=replace(tiles.hopper_mix, span=span))
     if tiles.hopper_pre_backward is not None:
         split = _hopper_pre_split(num_streams, num_tokens, channels, tiles.hopper_pre_backward)
         tiles = replace(tiles, hopper_pre_split=split)
     return tiles
+
+
+def _hopper_mix_span(num_tokens: int, channels: int, tile: Tile) -> int:
+    """The span that takes the shortest time, counted in tiles of channels: rounds of programs, each
+    of which needs as long as its stages before it has its first. The largest of several."""
+    programs, width = blocks(num_tokens, tile.tokens), blocks(channels, tile.channels)
+    spans = [blocks(width, splits) for splits in range(1, min(width, HOPPER_MIX_SPLITS) + 1)]
+
+    def duration(span: int) -> int:
+        rounds = blocks(programs * blocks(width, span), MULTIPROCESSORS)
+        return rounds * (span + tile.num_stages)
+
+    return min(spans, key=duration) * tile.channels
 
 
 def _hopper_pre_split(num_streams: int, num_tokens: int, channels: int, tile: Tile) -> int:
@@ -190,6 +214,8 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         pre_backward=Tile(tokens=32, channels=64, num_stages=3),
         weight_backward=Tile(tokens=64, channels=64),
         weight_split=2048,
+        hopper_mix=HOPPER_MIX_TILE if num_streams == 4 else None,
+        hopper_read=Tile(tokens=4, channels=128, num_warps=1),
         hopper_pre_backward=HOPPER_PRE_TILE,
     )
 

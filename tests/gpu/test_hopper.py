@@ -125,3 +125,45 @@ def test_of_more_numbers_than_32_bits_count() -> None:
     own["d_streams"], plain["d_streams"] = own["d_streams"][-last:], plain["d_streams"][-last:]
     assert_close(own, plain)
     assert not torch.equal(own["d_weight"], plain["d_weight"])
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 1, 8200])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(operation="pre"),
+        Case(operation="post_pre"),
+        Case(operation="post_pre", branch_bias=True),
+        Case(operation="single_pass"),
+        Case(operation="post_pre", norm=True),
+        Case(operation="post_pre").with_projection("permutation"),
+    ],
+    ids=["pre", "post_pre", "bias", "single_pass", "norm", "permutation"],
+)
+def test_of_the_forward(case: Case, tokens: int) -> None:
+    """The new streams have the bits of ``mix_fwd``, and all results the same ones every time."""
+    case = replace(case, tokens=tokens, channels=CHANNELS, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    leaves = operands(case, CUDA)
+    tiles = default_tiles(case.n, tokens, CHANNELS, case.dtype)
+    assert tiles.hopper_mix is not None
+    own = run_kernels(case, leaves, tiles=tiles)
+    plain = run_kernels(case, leaves, tiles=replace(tiles, hopper_mix=None))
+    if "streams" in own:
+        assert torch.equal(own["streams"], plain["streams"])
+    assert_close(own, plain)
+    assert not all(torch.equal(own[name], result) for name, result in plain.items())
+    for _ in range(10):
+        again = run_kernels(case, leaves, tiles=tiles)
+        assert all(torch.equal(again[name], result) for name, result in own.items())
+
+
+def test_the_forward_of_streams_that_are_not_aligned() -> None:
+    case = Case(operation="post_pre", tokens=TOKENS, channels=CHANNELS, dtype=torch.bfloat16)
+    leaves = operands(case, CUDA)
+    expected = run_kernels(case, leaves)
+    for name in ("streams", "branch"):
+        memory = torch.empty(leaves[name].numel() + 1, dtype=torch.bfloat16, device=CUDA)
+        leaves[name] = memory[1:].view_as(leaves[name]).copy_(leaves[name])
+    found = run_kernels(case, leaves)
+    assert all(torch.equal(found[name], result) for name, result in expected.items())

@@ -84,6 +84,17 @@ def test_hoppers_own_kernel_leaves_room_for_as_many_programs_as_its_splits_count
         assert programs * (shared + 1024) <= 228 * 1024
 
 
+def test_hoppers_own_first_half_of_the_forward_does_not_spill(tmp_path: Path) -> None:
+    """A multiprocessor has room for one program, whose copies are ahead of it."""
+    selection = "operations=pre,post_pre,single_pass", "hopper=1", "kernels=hopper_mix_fwd"
+    lines = compiled_kernels(tmp_path, "n=4", "C=2560", *selection)
+    assert len(lines) == 3
+    for line in lines:
+        found = re.search(r"stack 0, late loads 0, shared memory (\d+)", line)
+        assert found is not None, line
+        assert int(found[1]) + 1024 <= 228 * 1024
+
+
 def test_a_tile_that_registers_and_a_running_product_read_is_found() -> None:
     """As the compiler wrote it for a kernel whose results differed from run to run."""
     product = "%p = ttng.warp_group_dot %y, %w, %sum {isAsync = true} : !ttg.memdesc<128x64xbf16>\n"

@@ -30,7 +30,7 @@ def test_an_older_triton_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper.runs_on(CUDA)
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     importlib.reload(hopper)
-    with pytest.warns(RuntimeWarning, match=r"needs triton>=3\.6, not 3\.5\.1: pre_bwd or wide"):
+    with pytest.warns(RuntimeWarning, match=r"need triton>=3\.6, not 3\.5\.1: the kernels"):
         assert not hopper.runs_on(CUDA)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -82,3 +82,25 @@ def test_what_they_can_copy_and_count(
     assert plan.on_hopper == expected
     monkeypatch.setattr(hopper, "runs_on", lambda device: False)
     assert not plan_of(streams, options=MappingOptions(rms_eps=0.25, **options)).on_hopper
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "options", "expected"),
+    [
+        (4, torch.bfloat16, {}, True),
+        (4, torch.bfloat16, {"projection": "permutation"}, True),
+        (4, torch.bfloat16, {"projection": "identity"}, True),
+        (2, torch.bfloat16, {}, False),
+        (8, torch.bfloat16, {}, False),
+        (4, torch.float16, {}, False),
+    ],
+)
+def test_of_which_streams_the_forward_is_theirs(
+    monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype, options: dict, expected: bool
+) -> None:
+    """Of any number of tokens, where the table has a tile."""
+    monkeypatch.setattr(buffers, "INTERPRETED", False)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    streams = torch.empty(17, n, 72, dtype=dtype, device="meta")
+    plan = plan_of(streams, options=MappingOptions(rms_eps=0.0625, **options))
+    assert plan.mixes_on_hopper == expected

@@ -8,7 +8,13 @@ import torch
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import bound
 from mhc_megatron.kernels.triton.plan import plan_of
-from mhc_megatron.kernels.triton.tiles import HOPPER_PRE_TILE, Tile, blocks, default_tiles
+from mhc_megatron.kernels.triton.tiles import (
+    HOPPER_MIX_TILE,
+    HOPPER_PRE_TILE,
+    Tile,
+    blocks,
+    default_tiles,
+)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +79,33 @@ def test_programs_of_hopper_pre_bwd_leave_little_room_in_their_last_round(
     assert default_tiles(n, tokens, channels, torch.bfloat16).hopper_pre_split == of_a_program
 
 
+@pytest.mark.parametrize(
+    ("tokens", "channels", "span"),
+    [
+        (0, 64, 64),
+        (1, 1288, 192),
+        (1024, 1280, 320),
+        (2048, 2560, 1280),
+        # 128 programs, and 256 are two rounds of nearly as many.
+        (4096, 2560, 2560),
+        (8192, 1920, 1920),
+        # 157 programs are two rounds, and 628 five.
+        (5000, 2560, 640),
+    ],
+)
+def test_programs_of_hopper_mix_fwd_leave_little_room_in_their_last_round(
+    tokens: int, channels: int, span: int
+) -> None:
+    tile = default_tiles(4, tokens, channels, torch.bfloat16).hopper_mix
+    assert tile == replace(HOPPER_MIX_TILE, span=span)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 def test_nothing_else_depends_on_tokens_and_channels(n: int, dtype: torch.dtype) -> None:
     few, many = default_tiles(n, 1024, 1280, dtype), default_tiles(n, 8192, 4096, dtype)
     assert (few == many) == (n == 1 or dtype != torch.bfloat16)
-    depends = ("hopper_pre_split", "weight_split", "pre_split", "pre")
+    depends = ("hopper_pre_split", "weight_split", "pre_split", "pre", "hopper_mix")
     changed = {name: getattr(many, name) for name in depends[: None if n == 4 else 1]}
     assert replace(few, **changed) == many
 
@@ -113,6 +140,17 @@ def test_a_tile_of_hopper_pre_bwd_that_it_cannot_have_is_refused(wrong: dict[str
     how = dict(has_grad_y=True, trains=True, scaled=False, single_pass=False)
     with pytest.raises(ValueError, match=r"hopper_pre_backward: expected 64 or 128 .* got Tile"):
         bound.hopper_pre_bwd(4, 64, 24, tile, 512, 3, **how)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tokens": 16}, {"channels": 32}, {"num_warps": 2}, {"num_stages": 1}, {"span": 96}],
+    ids=str,
+)
+def test_a_tile_of_hopper_mix_fwd_that_it_cannot_have_is_refused(wrong: dict[str, int]) -> None:
+    tile = replace(HOPPER_MIX_TILE, **wrong)
+    with pytest.raises(ValueError, match=r"hopper_mix: expected 32 or 64 tokens, .* got Tile"):
+        bound.hopper_mix_fwd(4, 128, 24, tile, True, False, False)
 
 
 def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
