@@ -188,7 +188,7 @@ def _hopper_kernels(machine: Machine) -> Iterator[Check]:
         name="Hopper kernels",
         status="warn" if old else "ok",
         found=f"triton {version}",
-        note="the forward of four streams and the backward of eight are slower; pip install 'triton>="
+        note="pre and post_pre are slower without them; pip install 'triton>="
         f"{HOPPER_TRITON}', with a torch that goes with it"
         if old
         else "",

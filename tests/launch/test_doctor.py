@@ -138,7 +138,7 @@ def test_the_supported_range_is_the_one_that_the_trainer_enforces() -> None:
             "Hopper kernels",
             "warn",
             "triton 3.5.1",
-            "the backward of pre, and of eight streams, is slower; pip install 'triton>=3.6'",
+            "pre and post_pre are slower without them; pip install 'triton>=3.6'",
         ),
         ({"torch": Torch(version="2.4.0")}, "torch", "warn", "2.4.0, CPU build", "older than"),
         (
