@@ -1,11 +1,11 @@
 """The first half of ``mix_fwd`` on Hopper, with layouts and waits by name (Gluon).
 
-``mix_fwd`` walks through all channels of 32 tokens and reads all of phi for them: more of phi from
-L2 than of the streams. Here a program has 64 tokens and a part of the channels. It makes the new
-streams and leaves the products with phi and the sums of squares to ``read_fwd``, which adds them
-up, makes the mappings, and reads the streams for u. What a chunk needs is copied to shared memory
-two chunks ahead; the new streams take the place of the old ones there, where tensor cores read
-them while the next chunk is mixed.
+``mix_fwd`` walks through the channels of 32 tokens twice; what stands between both walks, and each
+product within one, keeps its next loads waiting. Here a program walks once, and what a chunk of
+channels needs is copied to shared memory several chunks ahead. It makes the new streams, which
+take the place of the old ones there and are multiplied while the next chunk is mixed, and leaves
+the products with phi and the sums of squares to ``read_fwd``: that adds them up, makes the
+mappings, and reads the streams for u.
 """
 
 from triton.experimental import gluon
@@ -18,7 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mhc_megatron.kernels.triton.hopper_tiles import barrier, copy_states, loads, shared
+from mhc_megatron.kernels.triton.hopper_tiles import (
+    barrier,
+    copy_states,
+    loads,
+    product,
+    shared,
+)
 from mhc_megatron.kernels.triton.tile_math import (
     load_coefficients,
     post_mix_stream,
@@ -26,12 +32,6 @@ from mhc_megatron.kernels.triton.tile_math import (
     widened,
     with_bias,
 )
-
-
-@gluon.constexpr_function
-def sums_layout(tokens, warps):
-    """Of [64, tokens]: four warps share the rows, warpgroups the tokens."""
-    return gl.NVMMADistributedLayout([3, 0], [4, warps // 4], [16, tokens * 4 // warps, 16])
 
 
 @gluon.jit
@@ -124,7 +124,7 @@ def hopper_mix_fwd(
     steps = (gl.minimum(start + SPAN, C) - start + BC - 1) // BC
     live = (T - first).to(gl.int32)
     STATE: gl.constexpr = loads(BC, W)
-    SUMS: gl.constexpr = sums_layout(BT, W)
+    SUMS: gl.constexpr = product(2 * ROWS, BT, W)
     x_ptr += first * K
     if HAS_POST:
         y_ptr += first * K

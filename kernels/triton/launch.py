@@ -99,14 +99,13 @@ def mix(
         plan.project_fwd(stream, new_streams, factors, sums)
         plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)
     elif plan.mixes_on_hopper:
-        # Its copies need multiples of 16 bytes; what other modules make has them.
-        streams, branch = aligned(streams), branch if branch is None else aligned(branch)
-        operands = streams, branch, branch_bias, packed
-        new_streams = streams if packed is None else new_streams
+        # It copies 16 bytes at a time; what other modules make begins at a multiple of them.
+        streams, branch = aligned(streams), None if branch is None else aligned(branch)
+        y, read = streams if branch is None else new_streams, u if plan.single_pass else None
         sums = torch.empty(plan.mix_sums, dtype=torch.float32, device=device)
-        new = None if branch is None else new_streams
-        plan.hopper_mix_fwd(stream, *operands, factors, new, u if plan.single_pass else None, sums)
-        plan.read_fwd(stream, new_streams, sums, *mappings, plan.matrices, *results)
+        operands = streams, branch, branch_bias, packed
+        plan.hopper_mix_fwd(stream, *operands, factors, y, read, sums)
+        plan.read_fwd(stream, y, sums, *mappings, plan.matrices, *results)
     else:
         plan.mix_fwd(stream, *operands, factors, *mappings, plan.matrices, new_streams, *results)
     return new_streams, u, raw, new_packed, inverse_rms

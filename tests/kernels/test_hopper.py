@@ -3,17 +3,20 @@
 import importlib
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 import triton
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import buffers, hopper
+from mhc_megatron.kernels.triton import buffers, hopper, launch
+from mhc_megatron.kernels.triton.arguments import Parameters
 from mhc_megatron.kernels.triton.plan import plan_of
 from mhc_megatron.launch import checks
 
 CUDA = torch.device("cuda", 0)
+EMPTY = torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +107,41 @@ def test_of_which_streams_the_forward_is_theirs(
     streams = torch.empty(17, n, 72, dtype=dtype, device="meta")
     plan = plan_of(streams, options=MappingOptions(rms_eps=0.0625, **options))
     assert plan.mixes_on_hopper == expected
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("single_pass", [False, True])
+@pytest.mark.parametrize("operation", ["pre", "post_pre"])
+def test_both_halves_of_the_forward_have_the_same_streams(
+    monkeypatch: pytest.MonkeyPatch, operation: str, single_pass: bool, shift: int
+) -> None:
+    """Which begin at a multiple of 16 bytes, or a copy of them does."""
+    monkeypatch.setattr(buffers, "INTERPRETED", False)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    tokens, n, channels = 5, 4, 64
+    memory = torch.randn(tokens * n * channels + shift).bfloat16()
+    streams = memory[shift:].view(tokens, n, channels)
+    branch = packed = None
+    if operation == "post_pre":
+        branch, packed = memory[shift : shift + tokens * channels].view(tokens, channels), EMPTY
+    plan = plan_of(
+        streams, branch, options=MappingOptions(rms_eps=0.03125), single_pass=single_pass
+    )
+    launched: dict[str, tuple] = {}
+    # In the place of cached properties.
+    for name in ("hopper_mix_fwd", "read_fwd"):
+        record = partial(lambda name, *given: launched.update({name: given}), name)
+        monkeypatch.setitem(vars(plan), name, record)
+    parameters = Parameters(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+    y, u, *_ = launch.mix(plan, 7, streams, branch, None, packed, EMPTY, parameters, None)
+    stream, x, f, bias, given, factors, written, read, sums = launched["hopper_mix_fwd"]
+    assert stream == 7 and bias is None and given is packed and factors is EMPTY
+    assert torch.equal(x, streams) and x.data_ptr() % 16 == 0
+    assert (x is streams) == (streams.data_ptr() % 16 == 0)
+    if branch is None:
+        assert f is None and written is x
+    else:
+        assert torch.equal(f, branch) and f.data_ptr() % 16 == 0 and written is y
+    assert read is (u if single_pass else None)
+    assert sums.numel() == plan.mix_sums
+    assert launched["read_fwd"][1] is written and launched["read_fwd"][2] is sums
