@@ -19,6 +19,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OTHER_CORE := .cache/other-core
+OLDEST_TRITON := .cache/oldest-triton
 # Where there is a C++ compiler, the extension that launches kernels is built as well.
 NATIVE := $(shell command -v c++ || command -v g++)
 # The folders that setup.py installs inside mhc_megatron.
@@ -53,7 +54,7 @@ train: $(INSTALLED)
 	$(say) 'Training $(RECIPE) (mhc-megatron train --help explains the rest)'
 	@$(BIN)/mhc-megatron train --recipe $(RECIPE) $(ARGS)
 
-test: lint typecheck $(OTHER_CORE)
+test: lint typecheck $(OLDEST_TRITON) $(OTHER_CORE)
 	$(say) 'All tests, with the installed megatron-core'
 	@$(PYTEST)
 	$(say) "The tests of $(CORE_TESTS) again, with $$(basename $$(cat $(OTHER_CORE)))"
@@ -113,6 +114,21 @@ $(OTHER_CORE): | $(INSTALLED)
 	cmp $$site/$$datasets/helpers.cpp $$folder/$$datasets/helpers.cpp; \
 	cp $$site/$$datasets/helpers_cpp*.so $$folder/$$datasets/; \
 	echo "$(CURDIR)/$$folder" > $@
+
+# The kernels compile with the oldest Triton that pyproject.toml allows: its language has less.
+$(OLDEST_TRITON): $(wildcard kernels/triton/*.py) tests/helpers/compile_kernels.py pyproject.toml \
+    | $(INSTALLED)
+	@version=$$(sed -n 's/^ *"triton>=\([0-9.]*\)",$$/\1/p' pyproject.toml); \
+	folder=.cache/triton-$$version; \
+	printf '\n==> %s\n' "The kernels compile with triton $$version, the oldest, in $$folder"; \
+	test -e $$folder/triton || { rm -rf .cache/triton-wheels; \
+	    $(BIN)/python -m pip download -q --no-deps --dest .cache/triton-wheels --only-binary=:all: \
+	        "triton==$$version.*"; \
+	    $(BIN)/python -m zipfile -e .cache/triton-wheels/*.whl $$folder; \
+	    chmod +x $$folder/triton/backends/nvidia/bin/*; }; \
+	PYTHONPATH=$$folder TRITON_CACHE_DIR=.cache/triton $(BIN)/python \
+	    tests/helpers/compile_kernels.py n=4 C=1280 operations=pre,post_pre > $@.part; \
+	mv $@.part $@; cat $@
 
 clean:
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

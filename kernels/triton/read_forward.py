@@ -238,7 +238,7 @@ def input_fwd(
 
 
 @triton.jit
-def block_of(
+def sums_of(
     sums_ptr,
     tokens,
     split: tl.constexpr,
@@ -273,7 +273,7 @@ def load_sums(
     mask = (rows < M) & live[None, :]
     raw = tl.zeros([ROWS, BT], tl.float32)
     for split in tl.static_range(SPLITS):
-        block = block_of(sums_ptr, tokens, split, M, PARTS, SQUARES, SPLITS, TILE)
+        block = sums_of(sums_ptr, tokens, split, M, PARTS, SQUARES, SPLITS, TILE)
         for part in tl.static_range(PARTS):
             raw += tl.load(block[None, :] + (part * M + rows) * TILE, mask=mask, other=0.0)
     return raw
@@ -298,7 +298,7 @@ def load_inverse_rms(
     if SQUARES:
         squares = tl.zeros_like(live.to(tl.float32))
         for split in tl.static_range(SPLITS):
-            block = block_of(sums_ptr, tokens, split, M, PARTS, SQUARES, SPLITS, TILE)
+            block = sums_of(sums_ptr, tokens, split, M, PARTS, SQUARES, SPLITS, TILE)
             squares += tl.load(block + PARTS * M * TILE, mask=live, other=0.0)
         inverse_rms = tl.rsqrt(squares / K + rms_eps)
     else:

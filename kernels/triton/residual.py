@@ -12,20 +12,28 @@ import triton.language as tl
 
 @triton.jit
 def halves(tile, WIDTH: tl.constexpr):
-    """The even and the odd columns of [BT, WIDTH]."""
-    return tl.split(tl.reshape(tile, [tile.shape[0], WIDTH // 2, 2]))
+    """The even and the odd columns of [BT, WIDTH]; of two [BT] each."""
+    if WIDTH > 2:
+        tile = tl.reshape(tile, [tile.shape[0], WIDTH // 2, 2])
+    return tl.split(tile)
 
 
 @triton.jit
 def alternate(evens, odds, WIDTH: tl.constexpr):
     """The inverse of ``halves``."""
-    return tl.reshape(tl.join(evens, odds), [evens.shape[0], WIDTH])
+    joined = tl.join(evens, odds)
+    if WIDTH > 2:
+        joined = tl.reshape(joined, [evens.shape[0], WIDTH])
+    return joined
 
 
 @triton.jit
 def entries_of(block, COUNT: tl.constexpr, LEVELS: tl.constexpr):
     """The first COUNT columns of [BT, 2^LEVELS], [BT] each."""
-    tiles = (block,)
+    if LEVELS == 0:
+        tiles = (tl.reshape(block, [block.shape[0]]),)
+    else:
+        tiles = (block,)
     for level in tl.static_range(LEVELS):
         evens = ()
         odds = ()
@@ -37,7 +45,7 @@ def entries_of(block, COUNT: tl.constexpr, LEVELS: tl.constexpr):
         tiles = evens + odds
     entries = ()
     for k in tl.static_range(COUNT):
-        entries = entries + (tl.reshape(tiles[k], [block.shape[0]]),)
+        entries = entries + (tiles[k],)
     return entries
 
 
@@ -49,14 +57,14 @@ def block_of(entries, COUNT: tl.constexpr, LEVELS: tl.constexpr):
         tile = tl.zeros_like(entries[0])
         if k < COUNT:
             tile = entries[k]
-        tiles = tiles + (tl.reshape(tile, [tile.shape[0], 1]),)
+        tiles = tiles + (tile,)
     for level in tl.static_range(LEVELS):
         joined = ()
         for k in tl.static_range(2 ** (LEVELS - 1 - level)):
             other = tiles[k + 2 ** (LEVELS - 1 - level)]
             joined = joined + (alternate(tiles[k], other, 2 ** (level + 1)),)
         tiles = joined
-    return tiles[0]
+    return tl.reshape(tiles[0], [entries[0].shape[0], 2**LEVELS])
 
 
 @triton.jit
@@ -202,14 +210,17 @@ def sinkhorn_fwd(
 
     ``history``: [2 * (iterations - 1) * n, T], columns' and rows' divisors of each iteration.
     """
-    floor = eps if V4 else 0.0
     res, _ = first_iteration(log_column_softmax(logits, N), eps, N, V4)
     for step in range(ITERATIONS - 1):
-        # res = res / (res.sum(dim=-2) + eps)
-        columns = raised(column_sums(res, N), floor, N)
+        # res = res / (res.sum(dim=-2) (+ eps))
+        columns = column_sums(res, N)
+        if V4:
+            columns = raised(columns, eps, N)
         res = scale_columns(res, inverses(columns, N), N)
-        # res = res / (res.sum(dim=-1) + eps)
-        rows = raised(row_sums(res, N), floor, N)
+        # res = res / (res.sum(dim=-1) (+ eps))
+        rows = row_sums(res, N)
+        if V4:
+            rows = raised(rows, eps, N)
         res = scale_rows(res, inverses(rows, N), N)
         if HISTORY:
             store_divisors(history_ptr, columns, 2 * step, tokens, live, T, N)

@@ -152,7 +152,7 @@ def rounded(tile, dtype: tl.constexpr):
     The compiler pairs conversions where pairs are stored and nothing else is done with them; else
     it converts number by number, which takes four times as long. The interpreter takes no assembly.
     """
-    if dtype == tl.bfloat16 and not INTERPRETED:
+    if not INTERPRETED and dtype == tl.bfloat16:
         tile = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], tl.bfloat16, is_pure=True, pack=2
         )
@@ -168,7 +168,7 @@ def widened(tile):
     The compiler takes two instructions for the upper of two numbers in a register, which need only
     be freed of the lower one. ``pre_bwd`` and ``wide_pre_bwd`` are not faster for it, or slower.
     """
-    if tile.dtype == tl.bfloat16 and not INTERPRETED:
+    if not INTERPRETED and tile.dtype == tl.bfloat16:
         tile = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
             "=f,=f,r",

@@ -3,6 +3,7 @@
     python tests/helpers/compile_kernels.py n=4 C=2560 dtype=bfloat16 projection=sinkhorn
     python tests/helpers/compile_kernels.py n=8 operations=post_pre kernels=mix_bwd,read_fwd
     python tests/helpers/compile_kernels.py n=4 hopper=1 kernels=hopper_pre_bwd
+    PYTHONPATH=triton-3.3.1 python tests/helpers/compile_kernels.py n=4
 
 Launches with tensors of no storage are recorded and compiled instead of run; TRITON_INTERPRET must
 not be set. With ``hopper`` kernels of Hopper's own take the place of others. Prints registers,
@@ -23,7 +24,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import fp8_launch, head_launch, hopper, launch
@@ -92,8 +92,7 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
             continue
         signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         attributes[(index,)] = [["tt.divisibility", 16]]
-    kind = GluonASTSource if recorder.kernel.is_gluon() else ASTSource
-    source = kind(recorder.kernel, signature, constants, attributes)
+    source = source_of(recorder.kernel)(recorder.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared = compiled.metadata.shared
     assert shared <= SHARED_MEMORY, (
@@ -103,6 +102,15 @@ def compile_launch(recorder: Recorder, values: dict, options: dict) -> str:
     assert not overwritten, f"{recorder.kernel.__name__}: {overwritten}"
     found = f"{resources(compiled.asm['cubin'])}, shared memory {shared}"
     return f"{recorder.kernel.__name__}: {found}"
+
+
+def source_of(kernel: triton.JITFunction) -> type:
+    """What Triton compiles; before 3.6 there is no Gluon, and no kernel of it."""
+    if hopper.hopper_pre_bwd is None or not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def overwritten_tiles(ttgir: str) -> list[str]:
