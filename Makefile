@@ -121,11 +121,12 @@ $(OLDEST_TRITON): $(wildcard kernels/triton/*.py) tests/helpers/compile_kernels.
 	@version=$$(sed -n 's/^ *"triton>=\([0-9.]*\)",$$/\1/p' pyproject.toml); \
 	folder=.cache/triton-$$version; \
 	printf '\n==> %s\n' "The kernels compile with triton $$version, the oldest, in $$folder"; \
-	test -e $$folder/triton || { rm -rf .cache/triton-wheels; \
+	test -e $$folder || { rm -rf .cache/triton-wheels $$folder.part; \
 	    $(BIN)/python -m pip download -q --no-deps --dest .cache/triton-wheels --only-binary=:all: \
 	        "triton==$$version.*"; \
-	    $(BIN)/python -m zipfile -e .cache/triton-wheels/*.whl $$folder; \
-	    chmod +x $$folder/triton/backends/nvidia/bin/*; }; \
+	    $(BIN)/python -m zipfile -e .cache/triton-wheels/*.whl $$folder.part; \
+	    chmod +x $$folder.part/triton/backends/nvidia/bin/*; \
+	    mv $$folder.part $$folder; }; \
 	PYTHONPATH=$$folder TRITON_CACHE_DIR=.cache/triton $(BIN)/python \
 	    tests/helpers/compile_kernels.py n=4 C=1280 operations=pre,post_pre > $@.part; \
 	mv $@.part $@; cat $@

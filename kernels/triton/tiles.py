@@ -54,7 +54,8 @@ class Tiles:
         pre_split: tokens per program of that, a multiple of its tile's; each split costs
             M * n * C float32 numbers written and read.
         hopper_mix: ``hopper_mix_fwd``, which is launched with ``read_fwd`` in the place of
-            ``mix_fwd`` where ``Buffers.mixes_on_hopper``, with a ``span``. None for nowhere.
+            ``mix_fwd`` where ``Buffers.mixes_on_hopper``, with a ``span``; 32 or 64 tokens, 64
+            channels. None for nowhere.
         hopper_read: ``read_fwd`` behind it.
         hopper_pre_backward: ``hopper_pre_bwd``, which is launched in the place of ``pre_bwd`` and
             ``wide_pre_bwd`` where ``Buffers.on_hopper``; 64 or 128 tokens and channels. None for
