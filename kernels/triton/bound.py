@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from mhc_megatron.kernels.options import MappingOptions
-from mhc_megatron.kernels.triton import forward, hopper, read_forward, wide_forward
+from mhc_megatron.kernels.triton import forward, read_forward, wide_forward
 from mhc_megatron.kernels.triton import mix_backward as mix_backward_kernel
 from mhc_megatron.kernels.triton import pre_backward as pre_backward_kernel
 from mhc_megatron.kernels.triton import streams_backward as streams_backward_kernel
@@ -209,45 +209,6 @@ def read_fwd(
     )
 
 
-@cache
-def hopper_mix_fwd(
-    n: int,
-    channels: int,
-    num_logits: int,
-    tile: Tile,
-    has_post: bool,
-    has_bias: bool,
-    single_pass: bool,
-) -> Launch:
-    """Of bfloat16 streams, with ``read_fwd`` in the place of ``mix_fwd``.
-
-    Raises:
-        ValueError: the tile is none that tensor cores and the copies ahead of them can have.
-    """
-    span = tile.span or channels
-    possible = tile.tokens in (32, 64) and tile.channels == 64 and tile.num_warps in (4, 8)
-    if not possible or tile.num_stages < 2 or (tile.span or 0) % tile.channels:
-        raise ValueError(
-            "tiles.hopper_mix: expected 32 or 64 tokens, 64 channels, 4 or 8 warps, at least 2 "
-            f"stages and a span that is a multiple of the channels, got {tile}"
-        )
-    return Launch(
-        hopper.hopper_mix_fwd,
-        C=channels,
-        N=n,
-        M=num_logits,
-        ROWS=logit_rows(num_logits, torch.bfloat16),
-        HAS_POST=has_post,
-        HAS_BIAS=has_bias,
-        SINGLE_PASS=single_pass,
-        SPAN=span,
-        BT=tile.tokens,
-        BC=tile.channels,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-    )
-
-
 def later_tokens(n: int, tile: Tile) -> int:
     """Of a program of ``mix_bwd`` or ``read_fwd`` that walks through iterations: one for every
     thread, unless a block of their matrices would fill more than 16 registers; and no fewer than of
@@ -416,52 +377,6 @@ def wide_pre_bwd(
         BC=tile.channels,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )
-
-
-@cache
-def hopper_pre_bwd(
-    n: int,
-    channels: int,
-    num_logits: int,
-    tile: Tile,
-    split: int,
-    terms: int,
-    has_grad_y: bool,
-    trains: bool,
-    scaled: bool,
-    single_pass: bool,
-) -> Launch:
-    """Of bfloat16 streams, in the place of ``pre_bwd`` or ``wide_pre_bwd``.
-
-    Raises:
-        ValueError: the tile is none that tensor cores and the copies ahead of them can have.
-    """
-    possible = tile.tokens in (64, 128) and tile.channels in (64, 128)
-    if not possible or tile.num_warps not in (4, 8) or tile.num_stages < 2:
-        raise ValueError(
-            "tiles.hopper_pre_backward: expected 64 or 128 tokens and channels, 4 or 8 warps and "
-            f"at least 2 stages, got {tile}"
-        )
-    head, tail = logit_groups(num_logits)
-    return Launch(
-        hopper.hopper_pre_bwd,
-        C=channels,
-        N=n,
-        M=num_logits,
-        HEAD=head,
-        TAIL=tail,
-        TERMS=terms,
-        HAS_GRAD_Y=has_grad_y,
-        SCALED=scaled,
-        SINGLE_PASS=single_pass,
-        TRAINS=trains,
-        WIDE=n > WIDE,
-        SPLIT=split,
-        BT=tile.tokens,
-        BC=tile.channels,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
     )
 
 

@@ -111,7 +111,9 @@ class Buffers:
         where it takes them as the backward does."""
         if self.wide or not bound.interleaves(self.num_streams, self.dtype):
             return 0
-        width = self.mix_tile.channels
+        if self.mixes_on_hopper:
+            return self.hopper_mix_tile.channels
+        width = self.call.tiles.mix.channels
         if width < GROUP.value:
             raise ValueError(
                 f"tiles.mix.channels: expected at least {GROUP.value} of {self.dtype} streams, "
@@ -138,19 +140,15 @@ class Buffers:
         return bound.interleaves(self.num_streams, self.dtype) and hopper.runs_on(self.device)
 
     @property
-    def mix_tile(self) -> Tile:
-        """Of ``mix_fwd`` or ``hopper_mix_fwd``, whose channels are those of phi's chunks."""
-        tiles = self.call.tiles
-        if self.mixes_on_hopper:
-            assert tiles.hopper_mix is not None
-            return tiles.hopper_mix
-        return tiles.mix
+    def hopper_mix_tile(self) -> Tile:
+        assert self.call.tiles.hopper_mix is not None
+        return self.call.tiles.hopper_mix
 
     @cached_property
     def mix_sums(self) -> int:
         """float32 numbers that ``hopper_mix_fwd`` leaves to ``read_fwd``."""
-        rows = self.parts * self.num_logits + 1
-        return self.programs_of(self.mix_tile, self.channels) * rows * self.mix_tile.tokens
+        rows, tile = self.parts * self.num_logits + 1, self.hopper_mix_tile
+        return self.programs_of(tile, self.channels) * rows * tile.tokens
 
     @property
     def read_tile(self) -> Tile:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mhc_megatron.kernels.options import NORM_EPS, MappingOptions
-from mhc_megatron.kernels.triton import bound
+from mhc_megatron.kernels.triton import bound, hopper_bound
 from mhc_megatron.kernels.triton.arguments import INTERPRETED, Shape
 from mhc_megatron.kernels.triton.buffers import Buffers, Call
 from mhc_megatron.kernels.triton.compiled import Prepared, current_stream
@@ -152,8 +152,8 @@ class Plan(Buffers):
 
     @cached_property
     def hopper_mix_fwd(self) -> Prepared:
-        tile = self.mix_tile
-        kernel = bound.hopper_mix_fwd(
+        tile = self.hopper_mix_tile
+        kernel = hopper_bound.hopper_mix_fwd(
             self.num_streams,
             self.channels,
             self.num_logits,
@@ -193,8 +193,10 @@ class Plan(Buffers):
     def read_fwd(self) -> Prepared:
         """Behind ``hopper_mix_fwd``, or of many streams ``post_fwd`` and ``project_fwd``."""
         tile = self.read_tile
-        before = self.mix_tile if self.mixes_on_hopper else self.project_tile
-        shared = self.channels if self.mixes_on_hopper else self.num_streams * self.channels
+        if self.mixes_on_hopper:
+            before, shared = self.hopper_mix_tile, self.channels
+        else:
+            before, shared = self.project_tile, self.num_streams * self.channels
         kernel = bound.read_fwd(
             self.num_streams,
             self.channels,
@@ -209,8 +211,7 @@ class Plan(Buffers):
             self.mixes_on_hopper,
         )
         programs = self.programs_that_iterate(tile) + self.programs_that_read(tile)
-        options = self.options
-        numbers = self.num_tokens, options.rms_eps, options.eps, self._norm_eps
+        numbers = self.num_tokens, self.options.rms_eps, self.options.eps, self._norm_eps
         return Prepared(kernel, (programs,), numbers)
 
     @cached_property
@@ -322,7 +323,8 @@ class Plan(Buffers):
                 kernel = bound.pre_bwd(*sizes, self.dtype, plain, *how, *modes)
             unaligned = None
             if self.on_hopper:
-                kernel, unaligned = bound.hopper_pre_bwd(*sizes, tile, *how, *wide_modes), kernel
+                unaligned = kernel
+                kernel = hopper_bound.hopper_pre_bwd(*sizes, tile, *how, *wide_modes)
             sums = {"weight_partial_ptr": "weight_sums"} if trains else {}
             read = self.parts_of_scratch(**parts, **sums)
             found[has_grad_y, trains] = Prepared(

@@ -96,7 +96,8 @@ MULTIPROCESSORS = 132
 HOPPER_PRE_TILE = Tile(tokens=64, channels=64, num_stages=2)
 HOPPER_PROGRAMS, HOPPER_WIDE_PROGRAMS = 3, 2
 HOPPER_SPLITS = 512, 1024, 2048
-# Of ``hopper_mix_fwd``, of which a multiprocessor has room for one program.
+# Of ``hopper_mix_fwd``, of which a multiprocessor has room for one program: its tile, and how many
+# programs of the same tokens are tried.
 HOPPER_MIX_TILE = Tile(tokens=32, channels=64, num_stages=4)
 HOPPER_MIX_SPLITS = 8
 # Tokens per program of ``pre_bwd``, where few channels would leave fewer.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mhc_megatron.kernels import MappingOptions
-from mhc_megatron.kernels.triton import bound
+from mhc_megatron.kernels.triton import hopper_bound
 from mhc_megatron.kernels.triton.plan import plan_of
 from mhc_megatron.kernels.triton.tiles import (
     HOPPER_MIX_TILE,
@@ -139,7 +139,7 @@ def test_a_tile_of_hopper_pre_bwd_that_it_cannot_have_is_refused(wrong: dict[str
     tile = replace(HOPPER_PRE_TILE, **wrong)
     how = dict(has_grad_y=True, trains=True, scaled=False, single_pass=False)
     with pytest.raises(ValueError, match=r"hopper_pre_backward: expected 64 or 128 .* got Tile"):
-        bound.hopper_pre_bwd(4, 64, 24, tile, 512, 3, **how)
+        hopper_bound.hopper_pre_bwd(4, 64, 24, tile, 512, 3, **how)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_tile_of_hopper_pre_bwd_that_it_cannot_have_is_refused(wrong: dict[str
 def test_a_tile_of_hopper_mix_fwd_that_it_cannot_have_is_refused(wrong: dict[str, int]) -> None:
     tile = replace(HOPPER_MIX_TILE, **wrong)
     with pytest.raises(ValueError, match=r"hopper_mix: expected 32 or 64 tokens, .* got Tile"):
-        bound.hopper_mix_fwd(4, 128, 24, tile, True, False, False)
+        hopper_bound.hopper_mix_fwd(4, 128, 24, tile, True, False, False)
 
 
 def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
