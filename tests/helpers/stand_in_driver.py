@@ -18,7 +18,7 @@ from torch import Tensor
 from mhc_megatron.kernels import backends, functional
 from mhc_megatron.kernels.known import Known
 from mhc_megatron.kernels.native.extension import extension as built
-from mhc_megatron.kernels.triton import bound, compiled, plan
+from mhc_megatron.kernels.triton import bound, compiled, hopper_bound, plan
 from mhc_megatron.kernels.triton.compiled import Launch
 
 _KINDS = {
@@ -152,7 +152,7 @@ def _at(parameters: Any, index: int, kind: Any) -> Any:
 def forget() -> None:
     """All plans and launches."""
     plan.planned.cache_clear()
-    for kernel in vars(bound).values():
+    for kernel in (*vars(bound).values(), *vars(hopper_bound).values()):
         if hasattr(kernel, "cache_clear"):
             kernel.cache_clear()
 

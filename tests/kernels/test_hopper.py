@@ -1,4 +1,4 @@
-"""Where Hopper's own kernels run; what they compute, tests/gpu/test_hopper.py compares."""
+"""Where Hopper's own kernels run; what they compute, test_gluon.py and tests/gpu/test_hopper.py tell."""
 
 import importlib
 import warnings
