@@ -1,4 +1,4 @@
-"""Where Hopper's own kernels run; what they compute, test_gluon.py and tests/gpu/test_hopper.py tell."""
+"""Where Hopper's own kernels run; test_gluon.py and tests/gpu tell what they compute."""
 
 import importlib
 import warnings
