@@ -23,16 +23,14 @@ import triton.experimental
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
-from helpers.stand_in_driver import forget
-from mhc_megatron.kernels import functional
-from mhc_megatron.kernels.known import Known
-from mhc_megatron.kernels.triton import buffers, hopper, hopper_tiles
+from helpers.stand_in_driver import plans_of_its_own
+from mhc_megatron.kernels.triton import buffers, hopper
+from mhc_megatron.kernels.triton.tile_math import dot
 
-# The kernel of each file.
+# The kernel of each file; all import hopper_tiles.py.
 FILES = {"hopper_mix_forward": "hopper_mix_fwd", "hopper_pre_backward": "hopper_pre_bwd"}
 GLUON = "triton.experimental.gluon"
 KERNELS = "mhc_megatron.kernels.triton"
-HELPERS = f"{KERNELS}.hopper_tiles"
 NAN = 0x7FC0  # of bfloat16, which the interpreter has in 16 bits without sign
 
 
@@ -133,14 +131,10 @@ class Product:
         self.result: tl.tensor | None = None
 
     def finish(self) -> None:
-        # The interpreter would multiply the whole numbers that stand for bfloat16.
         left, right = (
-            tensor(factor.multiplied.copy(), factor.dtype).to(tl.float32)
-            for factor in (self.left, self.right)
+            tensor(factor.multiplied.copy(), factor.dtype) for factor in (self.left, self.right)
         )
-        before = value_of(self.sums)
-        product = tl.dot(left, right, input_precision="ieee")
-        self.result = product if before is None else before + product
+        self.result = dot(left, right, value_of(self.sums), "ieee")
 
 
 def value_of(sums: Any) -> Any:
@@ -153,7 +147,9 @@ def value_of(sums: Any) -> Any:
 def warpgroup_mma(
     left: SharedMemory, right: SharedMemory, sums: Any, use_acc: Any = True, is_async: Any = False
 ) -> Any:
-    product = Product(left, right, sums if getattr(use_acc, "value", use_acc) else None)
+    if not getattr(use_acc, "value", use_acc):
+        sums = tl.zeros([left.shape[0], right.shape[1]], tl.float32)
+    product = Product(left, right, sums)
     STATE.products.append(product)
     return product if is_async else warpgroup_mma_wait(0, (product,))
 
@@ -181,7 +177,7 @@ def unmeant(*_: object, **__: object) -> None:
 def language() -> ModuleType:
     """``triton.experimental.gluon.language`` in Triton's own words, as they are when called."""
 
-    def word(name: str, *meant: str) -> Callable[..., Any]:
+    def word(name: str) -> Callable[..., Any]:
         def call(*given: Any, layout: object = None, **named: Any) -> Any:
             return getattr(tl, name)(*given, **named)
 
@@ -191,13 +187,13 @@ def language() -> ModuleType:
     names = "arange load store zeros sum fma minimum reshape permute program_id static_range"
     for name in names.split():
         setattr(module, name, word(name))
-    for name in ("constexpr", "float32", "float16", "bfloat16", "int32", "int64"):
+    for name in ("constexpr", "float32", "bfloat16", "int32", "int64"):
         setattr(module, name, getattr(tl, name))
     layouts = "BlockedLayout SliceLayout NVMMASharedLayout SwizzledSharedLayout"
     for name in (*layouts.split(), "NVMMADistributedLayout", "DistributedLinearLayout"):
         setattr(module, name, unmeant)
     module.num_warps = lambda: 4  # type: ignore[attr-defined]
-    module.thread_barrier = module.barrier = lambda: None  # type: ignore[attr-defined]
+    module.barrier = lambda: None  # type: ignore[attr-defined]
     module.allocate_shared_memory = allocate  # type: ignore[attr-defined]
     module.convert_layout = lambda tile, *_, **__: tile  # type: ignore[attr-defined]
     return module
@@ -228,24 +224,26 @@ def stand_ins() -> dict[str, ModuleType]:
     return modules
 
 
-def interpreted(name: str, path: Path | None = None) -> ModuleType:
-    """A module of Gluon kernels, ``mhc_megatron.kernels.triton.<name>``, for the interpreter; with
-    ``path`` of that file instead."""
+def interpreted(paths: dict[str, Path]) -> dict[str, Kernel]:
+    """Hopper's kernels by name, for the interpreter: of their own files, or of ``paths``."""
     STATE.clear()
     modules, package = stand_ins(), importlib.import_module(KERNELS)
-    files = {HELPERS: hopper_tiles.__file__}
-    files[f"{KERNELS}.{name}"] = path or Path(hopper_tiles.__file__).with_name(f"{name}.py")
+    kernels = {}
     with (
         mock.patch.dict(sys.modules, modules),
         mock.patch.dict(vars(package)),
         mock.patch.object(triton.experimental, "gluon", modules[GLUON], create=True),
     ):
-        for own, file in files.items():
-            spec = spec_from_file_location(own, file)
+        for name in ("hopper_tiles", *FILES):
+            own = f"{KERNELS}.{name}"
+            path = paths.get(name) or Path(hopper.__file__).with_name(f"{name}.py")
+            spec = spec_from_file_location(own, path)
             assert spec is not None and spec.loader is not None
             module = sys.modules[own] = module_from_spec(spec)
             spec.loader.exec_module(module)
-    return module
+            if name in FILES:
+                kernels[FILES[name]] = getattr(module, FILES[name])
+    return kernels
 
 
 @contextmanager
@@ -263,13 +261,9 @@ def hopper_interpreted(
         InterpretedFunction.run(kernel, *given, **named)
 
     monkeypatch.setattr(Kernel, "run", run)
-    for name, kernel in FILES.items():
-        module = interpreted(name, (paths or {}).get(name))
-        monkeypatch.setattr(hopper, kernel, getattr(module, kernel))
+    for name, kernel in interpreted(paths or {}).items():
+        monkeypatch.setattr(hopper, name, kernel)
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     monkeypatch.setattr(buffers, "INTERPRETED", False)
-    for known in ("_pre_plans", "_post_plans", "_boundary_plans"):
-        monkeypatch.setattr(functional, known, Known())
-    forget()
-    yield launched
-    forget()
+    with plans_of_its_own(monkeypatch):
+        yield launched

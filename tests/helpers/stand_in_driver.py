@@ -149,6 +149,18 @@ def _at(parameters: Any, index: int, kind: Any) -> Any:
     return ctypes.cast(parameters[index], ctypes.POINTER(kind)).contents.value
 
 
+@contextmanager
+def plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """None that was made before is found, and none that is made here is found afterwards."""
+    for known in ("_pre_plans", "_post_plans", "_boundary_plans"):
+        monkeypatch.setattr(functional, known, Known())
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
 def forget() -> None:
     """All plans and launches."""
     plan.planned.cache_clear()
@@ -175,12 +187,9 @@ def stand_in_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         return Handle(driver, launch, tensors, numbers)
 
     monkeypatch.setattr(Launch, "_launch_by_triton", by_triton)
-    for known in ("_pre_plans", "_post_plans", "_boundary_plans"):
-        monkeypatch.setattr(functional, known, Known())
-    forget()
-    extension.launch_by(ctypes.cast(driver.callback, ctypes.c_void_p).value)
-    try:
-        yield driver
-    finally:
-        extension.launch_by(0)
-        forget()
+    with plans_of_its_own(monkeypatch):
+        extension.launch_by(ctypes.cast(driver.callback, ctypes.c_void_p).value)
+        try:
+            yield driver
+        finally:
+            extension.launch_by(0)

@@ -74,6 +74,22 @@ def test_programs_that_share_the_channels_of_a_token(launched: list[str]) -> Non
     compare(case, operands(case, CPU), tiles=tiles_of(case, span=192))
 
 
+# What the kernels that forget to wait are given.
+OF_FORWARD = {"tokens": 16, "channels": 264}
+OF_BACKWARD = {"tokens": TOKENS, "channels": 72}
+
+
+@pytest.mark.parametrize(
+    ("operation", "sizes"),
+    [("post_pre", OF_FORWARD), ("pre", OF_FORWARD), ("pre", OF_BACKWARD)],
+)
+def test_what_is_waited_for_is_right(
+    operation: str, sizes: dict[str, int], launched: list[str]
+) -> None:
+    case = Case(operation=operation, dtype=torch.bfloat16, **sizes)
+    compare(case, operands(case, CPU), tiles=tiles_of(case))
+
+
 PRODUCTS = "projected = warpgroup_mma_wait(num_outstanding=0, deps=(projected,))"
 
 
@@ -111,8 +127,8 @@ def test_what_is_not_waited_for_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In a kernel that forgets to."""
-    tokens, channels = (16, 264) if name == "mix_forward" else (TOKENS, 72)
-    case = Case(operation=operation, tokens=tokens, channels=channels, dtype=torch.bfloat16)
+    sizes = OF_FORWARD if name == "mix_forward" else OF_BACKWARD
+    case = Case(operation=operation, dtype=torch.bfloat16, **sizes)
     name, path = f"hopper_{name}", tmp_path / "wrong.py"
     source = Path(hopper_tiles.__file__).with_name(f"{name}.py").read_text()
     assert right in source

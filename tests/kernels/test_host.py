@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.fused import Case
 from helpers.repeated import Repeated
-from helpers.stand_in_driver import forget
+from helpers.stand_in_driver import plans_of_its_own
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,6 @@ from mhc_megatron.branch_norm import BranchNorm
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.hyper_connection import HyperConnection
 from mhc_megatron.kernels import MappingOptions, backends, functional
-from mhc_megatron.kernels.known import Known
 from mhc_megatron.kernels.native.programs import Programs
 from mhc_megatron.kernels.triton import compiled, plan
 from mhc_megatron.kernels.triton.compiled import Kind, Launch, Prepared
@@ -115,11 +114,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     )
     # Python's launches are counted, not the extension's.
     monkeypatch.setattr(Programs, "of", lambda *_: None)
-    for known in ("_pre_plans", "_post_plans", "_boundary_plans"):
-        monkeypatch.setattr(functional, known, Known())
-    forget()
-    yield names
-    forget()
+    with plans_of_its_own(monkeypatch):
+        yield names
 
 
 def repeated_call(operation: str, *, norm: bool = False, n: int = 4) -> Repeated:
