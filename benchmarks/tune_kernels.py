@@ -67,6 +67,7 @@ CANDIDATES = {
     "pre_backward": grid("16 32 64", "64 128 256", "4 8", "2 3 4"),
     "hopper_pre_backward": grid("64 128", "64 128", "4 8", "2 3"),
     "weight_backward": grid("64 128", "64 128 256", "4 8", "3 4"),
+    "hopper_weight": grid("64 128", "128 256", "8", "2 3 4"),
 }
 
 # Of more than four streams, instead of the above.
@@ -79,7 +80,14 @@ WIDE_CANDIDATES = {
     "pre_backward": grid("64 128", "32 64 128", "4 8", "2 3"),
 }
 # Launched for up to four streams alone.
-NARROW = ("pre", "hopper_mix", "hopper_read", "streams_backward", "weight_backward")
+NARROW = (
+    "pre",
+    "hopper_mix",
+    "hopper_read",
+    "streams_backward",
+    "weight_backward",
+    "hopper_weight",
+)
 
 KERNELS = ["project", *CANDIDATES]
 
@@ -92,6 +100,7 @@ SPLITS = {
     "weight_backward": "weight_split",
     "pre_backward": "pre_split",
     "hopper_pre_backward": "hopper_pre_split",
+    "hopper_weight": "hopper_weight_split",
 }
 
 
@@ -103,6 +112,8 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         tiles = replace(tiles, hopper_pre_backward=None)
     elif kernel in MIX[0]:
         tiles = replace(tiles, hopper_mix=None)
+    elif kernel == "weight_backward":
+        tiles = replace(tiles, hopper_weight=None)
     for one in data:
         parameters = Parameters(one.weight, *one.alphas.split(1), one.bias)
         post = (one.streams, one.branch, None, one.packed)
@@ -144,7 +155,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         read = (one.grad_u, packed, kept_factors)
         if kernel == "mix_backward":
             made.append(mix_backward)
-        elif kernel == "weight_backward":
+        elif kernel in ("weight_backward", "hopper_weight"):
             made.append(partial(weight_call, plan, scratch, streams, one.weight))
         elif kernel in PRE_BACKWARD:
             operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)
@@ -201,8 +212,8 @@ def variants(kernels: list[str], base: Tiles) -> list[tuple[str, Tiles]]:
                 else (base.product_terms,)
             )
             of_split = SPLITS.get(kernel, "weight_split")
-            splits = (512, 1024, 2048) if kernel in SPLITS else (getattr(base, of_split),)
-            for term, split in itertools.product(terms, splits):
+            splits = {getattr(base, of_split)} | ({512, 1024, 2048} if kernel in SPLITS else set())
+            for term, split in itertools.product(terms, sorted(splits)):
                 chosen = {kernel: tile, of_split: split, "product_terms": term}
                 found.append((kernel, replace(base, **chosen)))
     return found

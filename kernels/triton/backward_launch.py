@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mhc_megatron.kernels.triton.arguments import Parameters
+from mhc_megatron.kernels.triton.launch import aligned
 from mhc_megatron.kernels.triton.plan import Plan
 from mhc_megatron.kernels.triton.tape import Tape
 
@@ -151,6 +152,8 @@ def weight_backward(
     Complete without ``plan.has_weight_sums``; else ``parameter_backward`` makes it of its sums.
     """
     grad = torch.empty_like(weight) if main_grad is None else main_grad
+    if plan.weight_on_hopper:
+        new_streams = aligned(new_streams)
     plan.weight_bwd(stream, new_streams, scratch, scratch if plan.has_weight_sums else grad)
     return grad
 

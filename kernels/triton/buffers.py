@@ -198,6 +198,11 @@ class Buffers:
         few = self.parts * self.num_logits * self.num_tokens < 2**31
         return few and self.num_tokens % 16 == 0
 
+    @cached_property
+    def weight_on_hopper(self) -> bool:
+        """Whether ``hopper_weight_bwd`` takes the place of ``weight_bwd``."""
+        return self.call.tiles.hopper_weight is not None and self.has_branch and self.on_hopper
+
     @property
     def pre_backward_tile(self) -> Tile:
         """Of one of the three."""
@@ -225,7 +230,10 @@ class Buffers:
     def splits(self) -> int:
         """Of the tokens, for phi's gradient."""
         tiles = self.call.tiles
-        split = tiles.weight_split if self.has_branch and not self.wide else self.pre_split
+        if self.wide or not self.has_branch:
+            split = self.pre_split
+        else:
+            split = tiles.hopper_weight_split if self.weight_on_hopper else tiles.weight_split
         return blocks(self.num_tokens, split)
 
     @cached_property

@@ -12,8 +12,9 @@ OLDEST_TRITON = (3, 6)
 if tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON:
     from mhc_megatron.kernels.triton.hopper_mix_forward import hopper_mix_fwd
     from mhc_megatron.kernels.triton.hopper_pre_backward import hopper_pre_bwd
+    from mhc_megatron.kernels.triton.hopper_weight_backward import hopper_weight_bwd
 else:
-    hopper_mix_fwd = hopper_pre_bwd = None
+    hopper_mix_fwd = hopper_pre_bwd = hopper_weight_bwd = None
 
 
 @cache
@@ -23,8 +24,8 @@ def runs_on(device: torch.device) -> bool:
         return False
     if hopper_pre_bwd is None:
         warnings.warn(
-            f"hopper_mix_fwd and hopper_pre_bwd need triton>={'.'.join(map(str, OLDEST_TRITON))}, "
-            f"not {triton.__version__}: the kernels for every GPU run instead",
+            f"Hopper's own kernels need triton>={'.'.join(map(str, OLDEST_TRITON))}, not "
+            f"{triton.__version__}: those for every GPU run instead",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -93,3 +93,31 @@ def hopper_pre_bwd(
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
+
+
+@cache
+def hopper_weight_bwd(width: int, num_logits: int, tile: Tile, split: int) -> Launch:
+    """Of bfloat16 streams, in the place of ``weight_bwd``.
+
+    Raises:
+        ValueError: the tile is none that tensor cores and the copies ahead of them can have.
+    """
+    possible = tile.tokens in (64, 128) and tile.channels in (64, 128, 256)
+    if not possible or tile.num_warps not in (4, 8) or tile.num_stages < 2:
+        raise ValueError(
+            "tiles.hopper_weight: expected 64 or 128 tokens, 64, 128 or 256 channels, 4 or 8 warps "
+            f"and at least 2 stages, got {tile}"
+        )
+    head, tail = logit_groups(num_logits)
+    return Launch(
+        hopper.hopper_weight_bwd,
+        K=width,
+        M=num_logits,
+        HEAD=head,
+        TAIL=tail,
+        SPLIT=split,
+        BT=tile.tokens,
+        BC=tile.channels,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )

@@ -61,6 +61,9 @@ class Tiles:
             ``wide_pre_bwd`` where ``Buffers.on_hopper``; 64 or 128 tokens and channels. None for
             nowhere.
         hopper_pre_split: tokens per program of that.
+        hopper_weight: ``hopper_weight_bwd``, which is launched in the place of ``weight_bwd`` where
+            ``Buffers.weight_on_hopper``; ``channels`` counts columns of phi. None for nowhere.
+        hopper_weight_split: tokens per program of that.
         weight_backward: ``weight_bwd``, the gradient of phi; ``channels`` counts columns of phi.
             None of more than four streams.
         weight_split: tokens per program of ``weight_bwd``, a multiple of its tile's; 2048
@@ -83,9 +86,11 @@ class Tiles:
     hopper_mix: Tile | None = None
     hopper_read: Tile | None = None
     hopper_pre_backward: Tile | None = None
+    hopper_weight: Tile | None = None
     project: Tile | None = None
     pre_split: int = 1024
     hopper_pre_split: int = 1024
+    hopper_weight_split: int = 1024
     weight_split: int = 1024
     product_terms: int = 3
 
@@ -100,6 +105,11 @@ HOPPER_SPLITS = 512, 1024, 2048
 # programs of the same tokens are tried.
 HOPPER_MIX_TILE = Tile(tokens=32, channels=64, num_stages=4)
 HOPPER_MIX_SPLITS = 8
+# Of ``hopper_weight_bwd``, likewise, and into how many parts the tokens may be cut.
+HOPPER_WEIGHT_TILE = Tile(tokens=64, channels=256, num_warps=8, num_stages=4)
+HOPPER_WEIGHT_SPLITS = 8
+# Below which programs of one warp are faster in the backward of ``post`` of four streams.
+FEW_CHANNELS = 2048
 # Tokens per program of ``pre_bwd``, where few channels would leave fewer.
 LEAST_PRE_SPLIT = 512
 
@@ -127,6 +137,9 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
         programs = blocks(width, tiles.weight_backward.channels)
         if programs * blocks(num_tokens, tiles.weight_split) < 2 * MULTIPROCESSORS:
             tiles = replace(tiles, weight_split=tiles.weight_split // 2)
+        if channels < FEW_CHANNELS:
+            tile = Tile(tokens=2, channels=128, num_warps=1, num_stages=1)
+            tiles = replace(tiles, post_backward=tile)
         # A program of ``mix_fwd`` fills a multiprocessor, and reads phi once for all of its tokens.
         if blocks(num_tokens, tiles.mix.tokens) > MULTIPROCESSORS:
             tiles = replace(tiles, pre=Tile(tokens=64, channels=64, num_warps=8))
@@ -141,6 +154,9 @@ def default_tiles(num_streams: int, num_tokens: int, channels: int, dtype: torch
     if tiles.hopper_mix is not None:
         span = _hopper_mix_span(num_tokens, channels, tiles.hopper_mix)
         tiles = replace(tiles, hopper_mix=replace(tiles.hopper_mix, span=span))
+    if tiles.hopper_weight is not None:
+        split = _hopper_weight_split(num_streams * channels, num_tokens, tiles.hopper_weight)
+        tiles = replace(tiles, hopper_weight_split=split)
     if tiles.hopper_pre_backward is not None:
         split = _hopper_pre_split(num_streams, num_tokens, channels, tiles.hopper_pre_backward)
         tiles = replace(tiles, hopper_pre_split=split)
@@ -171,6 +187,19 @@ def _hopper_pre_split(num_streams: int, num_tokens: int, channels: int, tile: Ti
         return rounds * (split + tile.tokens), -split
 
     return min(HOPPER_SPLITS, key=cost)
+
+
+def _hopper_weight_split(width: int, num_tokens: int, tile: Tile) -> int:
+    """Likewise, of ``hopper_weight_bwd``, counted in tiles of tokens; every part is a sum to be
+    written and read."""
+    columns, steps = blocks(width, tile.channels), max(1, blocks(num_tokens, tile.tokens))
+
+    def cost(split: int) -> int:
+        parts = blocks(steps, split)
+        return blocks(columns * parts, MULTIPROCESSORS) * (split + tile.num_stages) + parts
+
+    splits = {blocks(steps, parts) for parts in range(1, HOPPER_WEIGHT_SPLITS + 1)}
+    return min(sorted(splits, reverse=True), key=cost) * tile.tokens
 
 
 @cache
@@ -204,6 +233,7 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
             weight_backward=Tile(tokens=128, channels=128, num_warps=8, num_stages=4),
             weight_split=2048,
             hopper_pre_backward=HOPPER_PRE_TILE,
+            hopper_weight=HOPPER_WEIGHT_TILE,
         )
     return Tiles(
         mix=Tile(tokens=32, channels=64, num_stages=4),
@@ -219,6 +249,7 @@ def _tiles(num_streams: int, dtype: torch.dtype) -> Tiles:
         hopper_mix=HOPPER_MIX_TILE if num_streams == 4 else None,
         hopper_read=Tile(tokens=4, channels=128, num_warps=1),
         hopper_pre_backward=HOPPER_PRE_TILE,
+        hopper_weight=HOPPER_WEIGHT_TILE,
     )
 
 

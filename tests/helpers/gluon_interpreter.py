@@ -27,8 +27,12 @@ from helpers.stand_in_driver import plans_of_its_own
 from mhc_megatron.kernels.triton import buffers, hopper
 from mhc_megatron.kernels.triton.tile_math import dot
 
-# The kernel of each file; all import hopper_tiles.py.
-FILES = {"hopper_mix_forward": "hopper_mix_fwd", "hopper_pre_backward": "hopper_pre_bwd"}
+# The kernel of each file, behind those that it imports; all import hopper_tiles.py.
+FILES = {
+    "hopper_mix_forward": "hopper_mix_fwd",
+    "hopper_pre_backward": "hopper_pre_bwd",
+    "hopper_weight_backward": "hopper_weight_bwd",
+}
 GLUON = "triton.experimental.gluon"
 KERNELS = "mhc_megatron.kernels.triton"
 NAN = 0x7FC0  # of bfloat16, which the interpreter has in 16 bits without sign

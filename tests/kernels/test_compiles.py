@@ -95,6 +95,15 @@ def test_hoppers_own_first_half_of_the_forward_does_not_spill(tmp_path: Path) ->
         assert int(found[1]) + 1024 <= 228 * 1024
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_hoppers_own_kernel_of_phis_gradient_does_not_spill(tmp_path: Path, n: int) -> None:
+    selection = "operations=post_pre", "hopper=1", "kernels=hopper_weight_bwd"
+    (line,) = compiled_kernels(tmp_path, f"n={n}", "C=2560", *selection)
+    found = re.search(r"stack 0, late loads 0, shared memory (\d+)", line)
+    assert found is not None, line
+    assert int(found[1]) + 1024 <= 228 * 1024
+
+
 def test_a_tile_that_registers_and_a_running_product_read_is_found() -> None:
     """As the compiler wrote it for a kernel whose results differed from run to run."""
     product = "%p = ttng.warp_group_dot %y, %w, %sum {isAsync = true} : !ttg.memdesc<128x64xbf16>\n"

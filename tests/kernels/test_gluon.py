@@ -18,13 +18,16 @@ pytestmark = pytest.mark.skipif(
 )
 CPU = torch.device("cpu")
 # Steps of 64, the last in part, and more of them than stages; of 264 channels as well.
-TOKENS = 144
-FORWARD, BACKWARD = "hopper_mix_fwd", "hopper_pre_bwd"
+TOKENS = 208
+FORWARD, BACKWARD, WEIGHT = "hopper_mix_fwd", "hopper_pre_bwd", "hopper_weight_bwd"
 
 
 def tiles_of(case: Case, span: int | None = None) -> Tiles:
-    """With programs of all channels, or of as many as ``span``."""
+    """With programs of all channels, or of as many as ``span``; and more steps than stages."""
     tiles = default_tiles(case.n, case.tokens, case.channels, case.dtype)
+    if tiles.hopper_weight is not None:
+        few = replace(tiles.hopper_weight, num_stages=2)
+        tiles = replace(tiles, hopper_weight=few, hopper_weight_split=192)
     if tiles.hopper_mix is None:
         # The interpreter's time is a program's.
         return replace(tiles, post_backward=replace(tiles.post_backward, tokens=64))
@@ -43,6 +46,8 @@ CASES = [
     Case(operation="pre", n=8, channels=72),
     Case(operation="post_pre", n=8, channels=72),
     Case(operation="single_pass", n=8, channels=72),
+    Case(operation="post_pre", n=1, channels=72),
+    Case(operation="post_pre", n=2, channels=264),
     Case(operation="pre", channels=264),
     Case(operation="pre", channels=72, norm=True),
     Case(operation="pre", channels=72).with_projection("permutation"),
@@ -65,7 +70,7 @@ def named(case: Case) -> str:
 def test_all_results_and_gradients(case: Case, launched: list[str]) -> None:
     case = replace(case, tokens=TOKENS, dtype=torch.bfloat16)
     compare(case, operands(case, CPU), tiles=tiles_of(case))
-    backward = {BACKWARD} if case.operation == "pre" or case.n == 8 else set()
+    backward = {BACKWARD if case.operation == "pre" or case.n == 8 else WEIGHT}
     assert set(launched) == backward | ({FORWARD} if case.n == 4 else set())
 
 
@@ -81,7 +86,12 @@ OF_BACKWARD = {"tokens": TOKENS, "channels": 72}
 
 @pytest.mark.parametrize(
     ("operation", "sizes"),
-    [("post_pre", OF_FORWARD), ("pre", OF_FORWARD), ("pre", OF_BACKWARD)],
+    [
+        ("post_pre", OF_FORWARD),
+        ("pre", OF_FORWARD),
+        ("pre", OF_BACKWARD),
+        ("post_pre", OF_BACKWARD),
+    ],
 )
 def test_what_is_waited_for_is_right(
     operation: str, sizes: dict[str, int], launched: list[str]
@@ -91,6 +101,7 @@ def test_what_is_waited_for_is_right(
 
 
 PRODUCTS = "projected = warpgroup_mma_wait(num_outstanding=0, deps=(projected,))"
+OF_HEAD = "head = warpgroup_mma_wait(num_outstanding=0, deps=(head,))"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,10 @@ PRODUCTS = "projected = warpgroup_mma_wait(num_outstanding=0, deps=(projected,))
         ("pre", "pre_backward", "fence_async_shared()\n        barrier", "barrier"),
         ("pre", "pre_backward", "number + STAGES - 1", "number + STAGES"),
         ("pre", "pre_backward", "2 if TAIL > 0 else 1)", "2)"),
+        ("post_pre", "weight_backward", "wait_group(STAGES - 2)", "wait_group(STAGES - 1)"),
+        ("post_pre", "weight_backward", "fence_async_shared()\n        factor", "factor"),
+        ("post_pre", "weight_backward", "number + STAGES - 1", "number + STAGES"),
+        ("post_pre", "weight_backward", f"else:\n            {OF_HEAD}", "else:\n            pass"),
     ],
 )
 def test_what_is_not_waited_for_is_seen(

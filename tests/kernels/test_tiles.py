@@ -11,6 +11,7 @@ from mhc_megatron.kernels.triton.plan import plan_of
 from mhc_megatron.kernels.triton.tiles import (
     HOPPER_MIX_TILE,
     HOPPER_PRE_TILE,
+    HOPPER_WEIGHT_TILE,
     Tile,
     blocks,
     default_tiles,
@@ -100,13 +101,38 @@ def test_programs_of_hopper_mix_fwd_leave_little_room_in_their_last_round(
     assert tile == replace(HOPPER_MIX_TILE, span=span)
 
 
+@pytest.mark.parametrize(
+    ("n", "tokens", "channels", "of_a_program", "programs"),
+    [
+        (4, 0, 8, 64, 0),
+        (2, 4096, 2560, 704, 120),
+        (4, 4096, 1280, 704, 120),
+        (4, 4096, 2560, 1408, 120),
+        (4, 8192, 4096, 4096, 128),
+        (4, 4096, 7168, 4096, 112),
+    ],
+)
+def test_programs_of_hopper_weight_bwd_likewise(
+    n: int, tokens: int, channels: int, of_a_program: int, programs: int
+) -> None:
+    tiles = default_tiles(n, tokens, channels, torch.bfloat16)
+    assert tiles.hopper_weight is not None
+    assert tiles.hopper_weight_split == of_a_program
+    columns = blocks(n * channels, tiles.hopper_weight.channels)
+    assert columns * blocks(tokens, of_a_program) == programs
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 def test_nothing_else_depends_on_tokens_and_channels(n: int, dtype: torch.dtype) -> None:
     few, many = default_tiles(n, 1024, 1280, dtype), default_tiles(n, 8192, 4096, dtype)
-    assert (few == many) == (n == 1 or dtype != torch.bfloat16)
-    depends = ("hopper_pre_split", "weight_split", "pre_split", "pre", "hopper_mix")
-    changed = {name: getattr(many, name) for name in depends[: None if n == 4 else 1]}
+    assert (few == many) == (dtype != torch.bfloat16)
+    depends = ["hopper_pre_split"]
+    if n <= 4:
+        depends += ["hopper_weight_split"]
+    if n == 4:
+        depends += ["weight_split", "pre_split", "pre", "hopper_mix", "post_backward"]
+    changed = {name: getattr(many, name) for name in depends}
     assert replace(few, **changed) == many
 
 
@@ -151,6 +177,15 @@ def test_a_tile_of_hopper_mix_fwd_that_it_cannot_have_is_refused(wrong: dict[str
     tile = replace(HOPPER_MIX_TILE, **wrong)
     with pytest.raises(ValueError, match=r"hopper_mix: expected 32 or 64 tokens, .* got Tile"):
         hopper_bound.hopper_mix_fwd(4, 128, 24, tile, True, False, False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tokens": 32}, {"channels": 512}, {"num_warps": 2}, {"num_stages": 1}], ids=str
+)
+def test_a_tile_of_hopper_weight_bwd_that_it_cannot_have_is_refused(wrong: dict[str, int]) -> None:
+    tile = replace(HOPPER_WEIGHT_TILE, **wrong)
+    with pytest.raises(ValueError, match=r"hopper_weight: expected 64 or 128 tokens, .* got Tile"):
+        hopper_bound.hopper_weight_bwd(512, 24, tile, 512)
 
 
 def test_a_tile_of_mix_fwd_with_too_few_channels_is_refused() -> None:
