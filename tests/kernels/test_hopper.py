@@ -12,7 +12,9 @@ import triton
 from mhc_megatron.kernels import MappingOptions
 from mhc_megatron.kernels.triton import buffers, hopper, launch
 from mhc_megatron.kernels.triton.arguments import Parameters
+from mhc_megatron.kernels.triton.backward_launch import weight_backward
 from mhc_megatron.kernels.triton.plan import plan_of
+from mhc_megatron.kernels.triton.tiles import blocks
 from mhc_megatron.launch import checks
 
 CUDA = torch.device("cuda", 0)
@@ -107,6 +109,57 @@ def test_of_which_streams_the_forward_is_theirs(
     streams = torch.empty(17, n, 72, dtype=dtype, device="meta")
     plan = plan_of(streams, options=MappingOptions(rms_eps=0.0625, **options))
     assert plan.mixes_on_hopper == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "tokens", "dtype", "expected"),
+    [
+        (1, 16, torch.bfloat16, True),
+        (2, 16, torch.bfloat16, True),
+        (4, 16, torch.bfloat16, True),
+        (3, 16, torch.bfloat16, False),
+        # Its gradient is made with the streams'.
+        (8, 16, torch.bfloat16, False),
+        (4, 17, torch.bfloat16, False),
+        (4, 16, torch.float16, False),
+        # As many as the test of numbers that 32 bits do not count has.
+        (4, 209776, torch.bfloat16, True),
+    ],
+)
+def test_of_which_boundaries_phis_gradient_is_theirs(
+    monkeypatch: pytest.MonkeyPatch, n: int, tokens: int, dtype: torch.dtype, expected: bool
+) -> None:
+    """And none of ``pre`` alone."""
+    monkeypatch.setattr(buffers, "INTERPRETED", False)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    streams = torch.empty(tokens, n, 2560, dtype=dtype, device="meta")
+    options = MappingOptions(rms_eps=0.015625)
+    plan = plan_of(streams, streams[:, 0], options=options)
+    assert plan.weight_on_hopper == expected
+    if expected:
+        assert plan.splits == blocks(tokens, plan.call.tiles.hopper_weight_split)
+    assert not plan_of(streams, options=options).weight_on_hopper
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_phis_gradient_is_of_streams_that_begin_at_a_multiple_of_16_bytes(
+    monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    """Or of a copy of them."""
+    monkeypatch.setattr(buffers, "INTERPRETED", False)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    tokens, n, channels = 16, 4, 64
+    memory = torch.randn(tokens * n * channels + shift).bfloat16()
+    streams = memory[shift:].view(tokens, n, channels)
+    plan = plan_of(streams, streams[:, 0], options=MappingOptions(rms_eps=0.0078125))
+    launched: list[tuple] = []
+    # In the place of a cached property.
+    monkeypatch.setitem(vars(plan), "weight_bwd", lambda *given: launched.append(given))
+    grad = weight_backward(plan, 7, EMPTY, streams, EMPTY, None)
+    ((stream, y, scratch, sums),) = launched
+    assert stream == 7 and scratch is EMPTY and sums is (EMPTY if plan.has_weight_sums else grad)
+    assert torch.equal(y, streams) and y.data_ptr() % 16 == 0
+    assert (y is streams) == (streams.data_ptr() % 16 == 0)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
