@@ -79,21 +79,15 @@ WIDE_CANDIDATES = {
     "post_backward": grid("1 2 4 8", "64 128 256", "1 2 4 8", "2 3 4"),
     "pre_backward": grid("64 128", "32 64 128", "4 8", "2 3"),
 }
-# Launched for up to four streams alone.
-NARROW = (
-    "pre",
-    "hopper_mix",
-    "hopper_read",
-    "streams_backward",
-    "weight_backward",
-    "hopper_weight",
-)
-
-KERNELS = ["project", *CANDIDATES]
-
 # Of both parts of a pair only one is launched: the latter where there is a tile for it.
 PRE_BACKWARD = ("pre_backward", "hopper_pre_backward")
+WEIGHT_BACKWARD = ("weight_backward", "hopper_weight")
 MIX = ("mix", "pre", "project"), ("hopper_mix", "hopper_read")
+
+# Launched for up to four streams alone.
+NARROW = ("pre", "hopper_mix", "hopper_read", "streams_backward", *WEIGHT_BACKWARD)
+
+KERNELS = ["project", *CANDIDATES]
 
 # Kernels whose programs take a part of the tokens, and the field that says how many.
 SPLITS = {
@@ -155,7 +149,7 @@ def calls(kernel: str, data: list[Operands], tiles: Tiles) -> list[Callable[[], 
         read = (one.grad_u, packed, kept_factors)
         if kernel == "mix_backward":
             made.append(mix_backward)
-        elif kernel in ("weight_backward", "hopper_weight"):
+        elif kernel in WEIGHT_BACKWARD:
             made.append(partial(weight_call, plan, scratch, streams, one.weight))
         elif kernel in PRE_BACKWARD:
             operands = (None, scratch, one.grad_streams, streams, *read, one.weight, None)

@@ -204,6 +204,20 @@ class Buffers:
         return self.call.tiles.hopper_weight is not None and self.has_branch and self.on_hopper
 
     @property
+    def weight_tile(self) -> Tile:
+        """Of one of the two."""
+        tiles = self.call.tiles
+        tile = tiles.hopper_weight if self.weight_on_hopper else tiles.weight_backward
+        assert tile is not None
+        return tile
+
+    @property
+    def weight_split(self) -> int:
+        """Tokens of a program of one of the two."""
+        tiles = self.call.tiles
+        return tiles.hopper_weight_split if self.weight_on_hopper else tiles.weight_split
+
+    @property
     def pre_backward_tile(self) -> Tile:
         """Of one of the three."""
         tiles = self.call.tiles
@@ -229,11 +243,7 @@ class Buffers:
     @cached_property
     def splits(self) -> int:
         """Of the tokens, for phi's gradient."""
-        tiles = self.call.tiles
-        if self.wide or not self.has_branch:
-            split = self.pre_split
-        else:
-            split = tiles.hopper_weight_split if self.weight_on_hopper else tiles.weight_split
+        split = self.weight_split if self.has_branch and not self.wide else self.pre_split
         return blocks(self.num_tokens, split)
 
     @cached_property

@@ -292,14 +292,11 @@ class Plan(Buffers):
 
     @cached_property
     def weight_bwd(self) -> Prepared:
-        tiles, width = self.call.tiles, self.num_streams * self.channels
+        tile, split = self.weight_tile, self.weight_split
+        width = self.num_streams * self.channels
         if self.weight_on_hopper:
-            tile, split = tiles.hopper_weight, tiles.hopper_weight_split
-            assert tile is not None
             kernel = hopper_bound.hopper_weight_bwd(width, self.num_logits, tile, split)
         else:
-            tile, split = tiles.weight_backward, tiles.weight_split
-            assert tile is not None
             kernel = bound.weight_bwd(width, self.num_logits, self.dtype, tile, split)
         grid = (blocks(width, tile.channels), self.splits)
         parts = self.parts_of_scratch(projected_ptr="projected", partial_ptr="weight_sums")

@@ -42,6 +42,18 @@ def test_an_older_triton_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not hopper.runs_on(CUDA)
 
 
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled, and those of Hopper are among them."""
+    monkeypatch.setattr(buffers, "INTERPRETED", False)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+
+
+def shifted_streams(tokens: int, shift: int) -> torch.Tensor:
+    """[tokens, 4, 64], that many numbers behind a multiple of 16 bytes."""
+    memory = torch.randn(tokens * 4 * 64 + shift).bfloat16()
+    return memory[shift:].view(tokens, 4, 64)
+
+
 def test_no_other_device_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hopper.runs_on(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
@@ -79,8 +91,7 @@ def test_what_they_can_copy_and_count(
     options: dict,
     expected: bool,
 ) -> None:
-    monkeypatch.setattr(buffers, "INTERPRETED", False)
-    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    on_hopper(monkeypatch)
     streams = torch.empty(tokens, n, channels, dtype=dtype, device="meta")
     # Plans are remembered, by options as well: these are no other test's.
     plan = plan_of(streams, options=MappingOptions(rms_eps=0.125, **options))
@@ -104,8 +115,7 @@ def test_of_which_streams_the_forward_is_theirs(
     monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype, options: dict, expected: bool
 ) -> None:
     """Of any number of tokens, where the table has a tile."""
-    monkeypatch.setattr(buffers, "INTERPRETED", False)
-    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    on_hopper(monkeypatch)
     streams = torch.empty(17, n, 72, dtype=dtype, device="meta")
     plan = plan_of(streams, options=MappingOptions(rms_eps=0.0625, **options))
     assert plan.mixes_on_hopper == expected
@@ -130,8 +140,7 @@ def test_of_which_boundaries_phis_gradient_is_theirs(
     monkeypatch: pytest.MonkeyPatch, n: int, tokens: int, dtype: torch.dtype, expected: bool
 ) -> None:
     """And none of ``pre`` alone."""
-    monkeypatch.setattr(buffers, "INTERPRETED", False)
-    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    on_hopper(monkeypatch)
     streams = torch.empty(tokens, n, 2560, dtype=dtype, device="meta")
     options = MappingOptions(rms_eps=0.015625)
     plan = plan_of(streams, streams[:, 0], options=options)
@@ -146,11 +155,8 @@ def test_phis_gradient_is_of_streams_that_begin_at_a_multiple_of_16_bytes(
     monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
     """Or of a copy of them."""
-    monkeypatch.setattr(buffers, "INTERPRETED", False)
-    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    tokens, n, channels = 16, 4, 64
-    memory = torch.randn(tokens * n * channels + shift).bfloat16()
-    streams = memory[shift:].view(tokens, n, channels)
+    on_hopper(monkeypatch)
+    streams = shifted_streams(16, shift)
     plan = plan_of(streams, streams[:, 0], options=MappingOptions(rms_eps=0.0078125))
     launched: list[tuple] = []
     # In the place of a cached property.
@@ -169,14 +175,11 @@ def test_both_halves_of_the_forward_have_the_same_streams(
     monkeypatch: pytest.MonkeyPatch, operation: str, single_pass: bool, shift: int
 ) -> None:
     """Which begin at a multiple of 16 bytes, or a copy of them does."""
-    monkeypatch.setattr(buffers, "INTERPRETED", False)
-    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    tokens, n, channels = 5, 4, 64
-    memory = torch.randn(tokens * n * channels + shift).bfloat16()
-    streams = memory[shift:].view(tokens, n, channels)
+    on_hopper(monkeypatch)
+    streams = shifted_streams(5, shift)
     branch = packed = None
     if operation == "post_pre":
-        branch, packed = memory[shift : shift + tokens * channels].view(tokens, channels), EMPTY
+        branch, packed = streams.view(-1)[: 5 * 64].view(5, 64), EMPTY
     plan = plan_of(
         streams, branch, options=MappingOptions(rms_eps=0.03125), single_pass=single_pass
     )
